@@ -1,0 +1,75 @@
+"""Named datasets to tensors.
+
+    images, labels = load("digits", "train")
+
+What each is, where it comes from and its licence stand in ``data/datasets.yaml``; ``describe`` reads it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+import yaml
+from torch import Tensor
+
+from . import bundled, letters
+
+ROOT = Path(__file__).parents[3] / "data"
+
+_LOADERS = {
+    "digits": bundled.digits,
+    "photos": bundled.photos,
+    "faces_small": bundled.faces_small,
+    "stereo": bundled.stereo,
+    "letters": letters.letters,
+}
+
+# Checksums of what this process loaded, for the record of a run: {"digits/train": sha256}.
+loaded: dict[str, str] = {}
+
+
+def load(name: str, split: str = "all"):
+    """Load a dataset as tensors.
+
+    Images are float32 between 0 and 1, shaped (N, C, H, W); labels are int64, shaped (N,).
+
+    Args:
+        name: ``digits``, ``letters``, ``faces_small``, ``photos`` or ``stereo``; ``describe(name)`` tells more.
+        split: ``train``, ``valid``, ``test``, or several joined by ``+``; ``all`` for data without splits.
+
+    Returns:
+        A named tuple (a dict of photographs for ``photos``); its fields are in the loader's docstring.
+
+    Raises:
+        ValueError: for an unknown name or split, listing those there are.
+    """
+    if name not in _LOADERS:
+        raise ValueError(f"no dataset {name!r}; there are {', '.join(_LOADERS)}")
+    data = _LOADERS[name](split)
+    loaded[f"{name}/{split}"] = _checksum(data)
+    return data
+
+
+@cache
+def descriptions() -> dict[str, dict]:
+    """Everything in ``data/datasets.yaml``, by name."""
+    return yaml.safe_load((ROOT / "datasets.yaml").read_text(encoding="utf-8"))
+
+
+def describe(name: str) -> dict:
+    """What a dataset is: ``title``, ``source``, ``licence``, ``size``, ``splits``."""
+    try:
+        return descriptions()[name]
+    except KeyError:
+        raise ValueError(f"no dataset {name!r}; there are {', '.join(descriptions())}") from None
+
+
+def _checksum(data) -> str:
+    digest = hashlib.sha256()
+    fields = data.values() if isinstance(data, dict) else data
+    for field in fields:
+        if isinstance(field, Tensor):
+            digest.update(str(tuple(field.shape)).encode() + field.contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,77 @@
+"""One look for all figures: legible at 700 pixels, safe for colour-blind readers, never without a text alternative."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+from IPython.display import Image, display
+
+# Okabe & Ito's palette, which stays apart under every common colour blindness. Ours is what the paper proposes.
+BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#6B6B6B"
+COLOURS = {"ours": BLUE, "without": RED, "other": GREEN}
+
+STYLE = {
+    "figure.figsize": (7, 3.4),
+    "figure.dpi": 110,
+    "figure.constrained_layout.use": True,
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+    "axes.prop_cycle": mpl.cycler(color=[BLUE, RED, GREEN, ORANGE, PINK, SKY, GREY]),
+    "lines.linewidth": 2,
+    "legend.frameon": False,
+    "image.cmap": "gray",
+    "image.interpolation": "nearest",
+}
+
+
+mpl.rcParams.update(STYLE)
+
+
+def show_images(axes, images, columns: int, gap: int = 1) -> None:
+    """Draw a batch of images of shape (N, C, H, W), values 0 to 1, as one sheet of tiles."""
+    images = np.asarray(images.detach().cpu() if hasattr(images, "detach") else images).clip(0, 1)
+    n, channels, height, width = images.shape
+    rows = -(-n // columns)
+    sheet = np.ones((rows * (height + gap) - gap, columns * (width + gap) - gap, channels))
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = image.transpose(1, 2, 0)
+    axes.imshow(sheet.squeeze(-1) if channels == 1 else sheet, vmin=0, vmax=1)
+    axes.set_axis_off()
+
+
+def save(figure, name: str, alt: str) -> None:
+    """Show a figure with its text alternative and, during a run, keep it in the run's ``figures`` folder.
+
+    Args:
+        figure: a matplotlib figure; it is closed afterwards.
+        name: file name without ending.
+        alt: what a reader who cannot see the picture needs to know of it.
+
+    Raises:
+        ValueError: if ``alt`` is empty.
+    """
+    if not alt.strip():
+        raise ValueError(f"figure {name!r} needs an alt text: what does it show?")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    plt.close(figure)
+    if run := os.environ.get("REPRISE_RUN"):
+        folder = Path(run) / "figures"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.png").write_bytes(buffer.getvalue())
+        (folder / f"{name}.json").write_text(json.dumps({"alt": alt}), encoding="utf-8")
+    display(Image(buffer.getvalue(), format="png", alt=alt))

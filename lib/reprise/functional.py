@@ -1,0 +1,69 @@
+"""The papers' operations, under the names and signatures that ``torch.nn.functional`` uses for such things."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalise every channel over all other dimensions, then scale and shift it.
+
+    Ioffe & Szegedy 2015 (arXiv 1502.03167), Algorithm 1 when ``training``, the affine map of Algorithm 2
+    otherwise. A drop-in for :func:`torch.nn.functional.batch_norm`.
+
+    Args:
+        input: shape (N, C, ...).
+        running_mean: shape (C,), the population mean; updated in place when training. May be None when training.
+        running_var: shape (C,), the *unbiased* population variance (Algorithm 2, step 10); likewise.
+        weight: shape (C,), the paper's gamma. None means 1.
+        bias: shape (C,), the paper's beta. None means 0.
+        training: normalise by the batch's own statistics instead of the running ones.
+        momentum: weight of the newest batch in the running statistics.
+        eps: added to the variance, inside the root.
+
+    Returns:
+        A tensor of the shape and dtype of ``input``.
+
+    Raises:
+        ValueError: when training on a single value per channel, whose variance says nothing, or when not
+            training without running statistics.
+    """
+    reduced = [d for d in range(input.dim()) if d != 1]
+    count = input.numel() // max(input.size(1), 1)
+    # Half precision has too few digits for sums over a batch.
+    x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+
+    if training:
+        if count == 1:
+            raise ValueError(
+                f"batch normalisation cannot train on one value per channel (input of shape {tuple(input.shape)}): "
+                "use a larger batch, or eval()"
+            )
+        mean, var = x.mean(reduced), x.var(reduced, correction=0)
+        if running_mean is not None:
+            running_mean.lerp_(mean.detach().to(running_mean.dtype), momentum)
+        if running_var is not None:
+            unbiased = var.detach() * (count / (count - 1))
+            running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+    elif running_mean is None or running_var is None:
+        raise ValueError("batch normalisation needs running_mean and running_var when it is not training")
+    else:
+        mean, var = running_mean.to(x.dtype), running_var.to(x.dtype)
+
+    per_channel = [1, -1] + [1] * (input.dim() - 2)
+    y = (x - mean.view(per_channel)) * torch.rsqrt(var + eps).view(per_channel)
+    if weight is not None:
+        y = y * weight.view(per_channel)
+    if bias is not None:
+        y = y + bias.view(per_channel)
+    return y.to(input.dtype)

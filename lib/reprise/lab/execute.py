@@ -1,0 +1,88 @@
+"""Executes one notebook in a process of its own: ``python -m reprise.lab.execute FOLDER``.
+
+The folder holds ``job.json``. What comes out is ``result.json``, or ``failure.json`` that tells apart a cell that
+raised, a kernel that died, a cell that ended the kernel on purpose, and one that took too long.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import papermill
+from nbclient.exceptions import CellTimeoutError, DeadKernelError
+from papermill.exceptions import PapermillExecutionError
+
+from .results import read_json, write_json
+
+
+def execute(folder: Path) -> None:
+    job = read_json(folder / "job.json")
+    started = time.time()
+    try:
+        papermill.execute_notebook(
+            job["notebook"],
+            folder / "notebook.ipynb",
+            parameters=job["parameters"],
+            kernel_name="python3",
+            cwd=Path(job["notebook"]).parent,
+            progress_bar=False,
+            execution_timeout=job["timeout"],
+            start_timeout=120,
+        )
+    except PapermillExecutionError as error:
+        out_of_time = job["timeout"] and error.ename == "KeyboardInterrupt"
+        kind = "time-out" if out_of_time else "exit" if error.ename == "SystemExit" else "error"
+        failure = {"kind": kind, "error": f"{error.ename}: {error.evalue}", "traceback": error.traceback}
+    except CellTimeoutError:
+        failure = {"kind": "time-out", "error": "", "traceback": []}
+    except DeadKernelError as error:
+        failure = {"kind": "kernel death", "error": str(error), "traceback": []}
+    else:
+        measurements = read_json(folder / "measurements.json")
+        if measurements is not None and _ran_to_its_end(folder):
+            _finish(folder, job, measurements, time.time() - started)
+            return
+        # The kernel ended in good order, but early: papermill takes sys.exit(0) for success.
+        failure = {"kind": "exit", "error": "the notebook ended before its verdicts", "traceback": []}
+    write_json(folder / "failure.json", {**failure, **_last_cell(folder)})
+
+
+def _finish(folder: Path, job: dict, measurements: dict, wall_seconds: float) -> None:
+    result = {**measurements, "parameters": job["changed"]}
+    result["provenance"] = {
+        **measurements["provenance"],
+        "seed": job["parameters"]["seed"],
+        "commit": job["commit"],
+        "wall_seconds": round(wall_seconds, 1),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    write_json(folder / "result.json", result)
+
+
+def _code_cells(folder: Path) -> list:
+    try:
+        notebook = nbformat.read(folder / "notebook.ipynb", as_version=4)
+    except (OSError, ValueError):
+        return []
+    return [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+
+
+def _ran_to_its_end(folder: Path) -> bool:
+    return all(cell.execution_count is not None for cell in _code_cells(folder))
+
+
+def _last_cell(folder: Path) -> dict:
+    """The last cell that was started. Papermill's own record of cells is wrong when a kernel dies."""
+    cells = [cell for cell in _code_cells(folder) if (cell.execution_count or cell.outputs) and not _is_banner(cell)]
+    return {"cell": len(cells), "source": cells[-1].source if cells else ""}
+
+
+def _is_banner(cell) -> bool:
+    return any(tag.startswith("papermill-error") for tag in cell.metadata.get("tags", []))
+
+
+if __name__ == "__main__":
+    execute(Path(sys.argv[1]))

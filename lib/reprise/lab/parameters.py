@@ -1,0 +1,139 @@
+"""The typed parameters of a notebook: annotated literals in its cell tagged ``parameters``."""
+
+from __future__ import annotations
+
+import ast
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+from .claims import SCALES
+from .errors import BadInput
+
+
+class Picture(str):
+    """A path to a picture of the reader's own, resolved against the folder the command is given in."""
+
+
+# What an annotation may mention; it is evaluated with nothing else in reach.
+_NAMES = {"str": str, "int": int, "float": float, "bool": bool, "Picture": Picture, "Literal": typing.Literal}
+
+# Parameters that every notebook has mean the same everywhere.
+_EVERYWHERE = {"scale": SCALES}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One line ``name: type = default`` of the parameters cell."""
+
+    name: str
+    annotation: str
+    default: object
+
+    @property
+    def allowed(self) -> tuple:
+        """The types and literal choices that the annotation allows, unions taken apart."""
+        meaning = eval(self.annotation, {"__builtins__": {}}, _NAMES)
+        parts = typing.get_args(meaning) if isinstance(meaning, types.UnionType) else (meaning,)
+        flat = []
+        for part in parts:
+            flat += typing.get_args(part) if typing.get_origin(part) is typing.Literal else [part]
+        return tuple(flat)
+
+    def fail(self, value: object, wanted: str) -> BadInput:
+        return BadInput(f"parameter {self.name}: {value!r} is not {wanted}")
+
+    def parse(self, text: str) -> object:
+        """The value that a text on a command line stands for.
+
+        Raises:
+            BadInput: if the text does not fit the type.
+        """
+        for kind in self.allowed:
+            if kind is bool and text.lower() in ("true", "false"):
+                return text.lower() == "true"
+            if kind is type(None) and text.lower() == "none":
+                return None
+            if kind in (int, float):
+                try:
+                    return kind(text)
+                except ValueError:
+                    continue
+            if kind is Picture:
+                return _open_picture(self.name, text)
+            if kind is str or (not isinstance(kind, type) and str(kind) == text):
+                return self.check(text if kind is str else kind)
+        raise self.fail(text, self.wanted())
+
+    def check(self, value: object) -> object:
+        """The value itself, if it has the type and is one of the choices.
+
+        Raises:
+            BadInput: naming the parameter, the value and what would be right.
+        """
+        kinds = {kind for kind in self.allowed if isinstance(kind, type)}
+        fits = type(value) in kinds
+        fits = fits or (float in kinds and type(value) is int) or (Picture in kinds and isinstance(value, str))
+        literals = [kind for kind in self.allowed if not isinstance(kind, type)]
+        if not fits and value not in literals:
+            raise self.fail(value, self.wanted())
+        if self.name in _EVERYWHERE and value not in _EVERYWHERE[self.name]:
+            raise self.fail(value, " or ".join(_EVERYWHERE[self.name]))
+        least = 0 if self.name == "seed" else 1
+        if type(value) is int and int in kinds and float not in kinds and value < least:
+            raise self.fail(value, f"a whole number of at least {least}")
+        return value
+
+    def wanted(self) -> str:
+        words = {
+            int: "a whole number",
+            float: "a number",
+            str: "text",
+            bool: "true or false",
+            Picture: "a picture",
+            type(None): "none",
+        }
+        return " or ".join(words[kind] if isinstance(kind, type) else str(kind) for kind in self.allowed)
+
+
+def parse_cell(source: str) -> dict[str, Parameter]:
+    """The parameters that a cell declares; anything but annotated literals (and comments) is refused."""
+    parameters = {}
+    for line in ast.parse(source).body:
+        if not isinstance(line, ast.AnnAssign) or not isinstance(line.target, ast.Name) or line.value is None:
+            raise BadInput(f"the parameters cell may hold only `name: type = literal`, not: {ast.unparse(line)}")
+        try:
+            default = ast.literal_eval(line.value)
+        except ValueError:
+            raise BadInput(f"the default of parameter {line.target.id} is not a literal") from None
+        parameters[line.target.id] = Parameter(line.target.id, ast.unparse(line.annotation), default)
+    return parameters
+
+
+def parse_options(declared: dict[str, Parameter], options: tuple[tuple[str, str], ...]) -> dict[str, object]:
+    """Typed values for the ``-p NAME VALUE`` options of a command line.
+
+    Raises:
+        BadInput: for an unknown name or a value of the wrong type.
+    """
+    values = {}
+    for name, text in options:
+        if name not in declared:
+            raise BadInput(f"no parameter {name!r}; there are: {', '.join(declared)}")
+        values[name] = declared[name].check(declared[name].parse(text))
+    return values
+
+
+def _open_picture(name: str, text: str) -> Picture:
+    from PIL import Image
+
+    path = Path(text).expanduser().resolve()
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+    except FileNotFoundError:
+        raise BadInput(f"parameter {name}: there is no file {text}") from None
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise BadInput(f"parameter {name}: {text} cannot be read as a picture ({error})") from None
+    return Picture(path)

@@ -1,0 +1,210 @@
+"""Runs notebooks, two at a time, each in a process of its own, and shows how far they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import notebooks
+from .checkout import Checkout
+from .claims import Claims
+from .errors import BadInput
+from .parameters import parse_options
+from .results import Outcome, read_json, write_json
+
+_UNKNOWN_LENGTH = float("inf")
+
+
+@dataclass
+class Job:
+    """One notebook to run at one scale with certain parameters."""
+
+    name: str
+    scale: str
+    claims: Claims
+    notebook: Path
+    folder: Path
+    parameters: dict[str, object]
+    changed: dict[str, object]
+    expected_seconds: float
+    process: subprocess.Popen | None = None
+    started: float = 0.0
+    finished: bool = False
+    result: dict | None = field(default=None)
+    failure: dict | None = field(default=None)
+
+    def outcome(self) -> Outcome:
+        return Outcome.from_result(self.claims, self.result)
+
+
+def plan(
+    checkout: Checkout, names: list[str], scale: str, options: tuple[tuple[str, str], ...], out: Path
+) -> list[Job]:
+    """Check everything that can be checked before anything runs, and name the folders. Longest jobs first.
+
+    Raises:
+        BadInput: for claims, parameters or a device that are wrong.
+    """
+    if reserved := [name for name, _ in options if name == "scale"]:
+        raise BadInput(f"give the {reserved[0]} with --scale, not -p")
+    jobs = []
+    for name in names:
+        notebook = notebooks.read(checkout.notebook(name))
+        declared = notebooks.parameters(notebook)
+        given = parse_options(declared, options)
+        values = {key: given.get(key, parameter.default) for key, parameter in declared.items()}
+        values["scale"] = declared["scale"].check(scale)
+        changed = {key: value for key, value in values.items() if value != declared[key].default}
+        digest = notebooks.run_hash(notebook, {k: v for k, v in changed.items() if k != "device"}, _device(values))
+        recorded = read_json(checkout.paper(name) / "results" / f"{scale}.json") or {}
+        jobs.append(
+            Job(
+                name=name,
+                scale=scale,
+                claims=checkout.claims(name),
+                notebook=checkout.notebook(name),
+                folder=out / scale / f"{name}-{digest}",
+                parameters=values,
+                changed=changed,
+                expected_seconds=recorded.get("provenance", {}).get("wall_seconds", _UNKNOWN_LENGTH),
+            )
+        )
+    return sorted(jobs, key=lambda job: -job.expected_seconds)
+
+
+def _device(values: dict[str, object]) -> str:
+    from reprise.training import pick_device
+
+    try:
+        return str(pick_device(values["device"]))
+    except ValueError as error:
+        raise BadInput(f"parameter device: {error}") from None
+
+
+def run(checkout: Checkout, jobs: list[Job], at_once: int, force: bool, timeout: int | None, show) -> None:
+    """Run the jobs that are not finished yet. ``show(jobs)`` is called a few times a second meanwhile."""
+    commit = checkout.commit()
+    waiting = []
+    for job in jobs:
+        job.result = None if force else read_json(job.folder / "result.json")
+        if job.result is None:
+            waiting.append(job)
+        else:
+            job.finished = True
+    running: list[Job] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                job = waiting.pop(0)
+                _start(checkout, job, commit, timeout)
+                running.append(job)
+            time.sleep(0.1)
+            for job in [job for job in running if job.process.poll() is not None]:
+                _conclude(job)
+                running.remove(job)
+            show(jobs)
+    except BaseException:
+        for job in running:
+            _stop(job)
+        raise
+
+
+def _start(checkout: Checkout, job: Job, commit: str, timeout: int | None) -> None:
+    try:
+        _empty(job.folder)
+        description = {
+            "notebook": str(job.notebook),
+            "parameters": job.parameters,
+            "changed": job.changed,
+            "timeout": timeout,
+            "commit": commit,
+        }
+        write_json(job.folder / "job.json", description)
+    except OSError as error:
+        raise BadInput(f"cannot write to {job.folder}: {error.strerror}") from None
+    library = checkout.root / "lib"
+    path = [str(library)] if library.is_dir() else []
+    environment = {
+        **os.environ,
+        "REPRISE_RUN": str(job.folder.resolve()),
+        # The library of the checkout that is served, whichever one is installed.
+        "PYTHONPATH": os.pathsep.join([*path, *filter(None, [os.environ.get("PYTHONPATH")])]),
+        # The kernel of this environment, even where the user has another one of the same name.
+        "JUPYTER_PREFER_ENV_PATH": "1",
+        # One thread each: two notebooks at a time on two cores, and the same sums everywhere.
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+    }
+    job.started = time.monotonic()
+    with (job.folder / "run.log").open("w", encoding="utf-8") as log:
+        job.process = subprocess.Popen(
+            [sys.executable, "-m", "reprise.lab.execute", str(job.folder.resolve())],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def _empty(folder: Path) -> None:
+    """An empty folder for the run: what an earlier attempt left must not be taken for this one's."""
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def _conclude(job: Job) -> None:
+    job.finished = True
+    job.result = read_json(job.folder / "result.json")
+    if job.result is not None:
+        return
+    job.failure = read_json(job.folder / "failure.json")
+    if job.failure is None:
+        log = (job.folder / "run.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        last = log[-1] if log else f"exit status {job.process.returncode}"
+        job.failure = {"kind": "runner death", "error": last, "cell": 0, "source": "", "traceback": []}
+
+
+def _stop(job: Job) -> None:
+    """Interrupt a run; papermill then shuts its kernel down."""
+    job.process.terminate()
+    try:
+        job.process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        job.process.kill()
+
+
+def failure_words(job: Job) -> str:
+    """What went wrong, in one line."""
+    failure = job.failure
+    where = f"cell {failure['cell']}"
+    return {
+        "error": f"{where} raised {failure['error']}",
+        "kernel death": f"the kernel died in {where}: killed from outside, or out of memory",
+        "exit": f"{where} ended the notebook early (sys.exit?)",
+        "time-out": f"{where} took longer than allowed",
+        "runner death": f"the process that ran it died: {failure['error']}",
+    }[failure["kind"]]
+
+
+def progress_words(job: Job) -> str:
+    """The newest line of progress.jsonl in words: ``plain  step 1,200/2,000  loss 0.31  12 s left``."""
+    try:
+        with (job.folder / "progress.jsonl").open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 4096))
+            last = json.loads(file.read().decode("utf-8").splitlines()[-1])
+    except (OSError, ValueError, IndexError):
+        return "starting"
+    words = f"{last['training']}  step {last['step']:,}/{last['steps']:,}"
+    if isinstance(last.get("loss"), float):
+        words += f"  loss {last['loss']:.3g}"
+    if last["seconds_left"]:
+        words += f"  {last['seconds_left']:.0f} s left"
+    return words

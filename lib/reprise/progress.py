@@ -1,0 +1,108 @@
+"""Where the progress of a training shows: a bar in Lab, a file under the runner, nothing under nbval."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+
+class Silent:
+    """Shows nothing. The other displays have the same three methods."""
+
+    def __init__(self, name: str, steps: int):
+        self.name, self.steps = name, steps
+
+    def advance(self, done: int) -> None:
+        """``done`` steps are finished."""
+
+    def values(self, values: dict[str, float]) -> None:
+        """The newest logged values."""
+
+    def close(self) -> None:
+        """The training ended, or was interrupted."""
+
+
+class Bar(Silent):
+    """A tqdm bar: a widget in a notebook, text in a terminal."""
+
+    def __init__(self, name: str, steps: int, notebook: bool):
+        super().__init__(name, steps)
+        if notebook:
+            from tqdm.notebook import tqdm
+        else:
+            from tqdm import tqdm
+        self.bar = tqdm(total=steps, desc=name, unit="step", leave=notebook)
+
+    def advance(self, done: int) -> None:
+        self.bar.update(done - self.bar.n)
+
+    def values(self, values: dict[str, float]) -> None:
+        self.bar.set_postfix({key: f"{value:.3g}" for key, value in values.items()}, refresh=False)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+class File(Silent):
+    """Lines of JSON in the run's folder, which ``reprise run`` shows as they come."""
+
+    def __init__(self, name: str, steps: int, path: Path):
+        super().__init__(name, steps)
+        self.path, self.latest = path, {}
+        self.started = self.written = time.monotonic()
+        self.done = 0
+        self.write()
+
+    def advance(self, done: int) -> None:
+        self.done = done
+        if time.monotonic() - self.written > 1:
+            self.write()
+
+    def values(self, values: dict[str, float]) -> None:
+        self.latest = values
+
+    def close(self) -> None:
+        self.write()
+
+    def write(self) -> None:
+        self.written = time.monotonic()
+        elapsed = self.written - self.started
+        left = elapsed / self.done * (self.steps - self.done) if self.done else None
+        # JSON has no infinity; a loss that diverged shows as text.
+        values = {key: value if abs(value) < float("inf") else str(value) for key, value in self.latest.items()}
+        line = {
+            "time": time.time(),
+            "training": self.name,
+            "step": self.done,
+            "steps": self.steps,
+            "seconds_left": left,
+            **values,
+        }
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError:
+            pass  # A training is worth more than its progress line: a full disk shows where results are written.
+
+
+def display(name: str, steps: int) -> Silent:
+    """The display that suits where this process runs."""
+    if run := os.environ.get("REPRISE_RUN"):
+        return File(name, steps, Path(run) / "progress.jsonl")
+    if "PYTEST_VERSION" in os.environ:  # nbval compares outputs, and a bar never looks the same twice
+        return Silent(name, steps)
+    if _in_notebook():
+        return Bar(name, steps, notebook=True)
+    if sys.stderr is not None and sys.stderr.isatty():
+        return Bar(name, steps, notebook=False)
+    return Silent(name, steps)
+
+
+def _in_notebook() -> bool:
+    if "IPython" not in sys.modules:
+        return False
+    shell = sys.modules["IPython"].get_ipython()
+    return shell is not None and hasattr(shell, "kernel")
