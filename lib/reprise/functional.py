@@ -38,30 +38,31 @@ def batch_norm(
         ValueError: when training on a single value per channel, whose variance says nothing, or when not
             training without running statistics.
     """
-    reduced = [d for d in range(input.dim()) if d != 1]
-    count = input.numel() // max(input.size(1), 1)
+    others = [d for d in range(input.dim()) if d != 1]
+    per_channel = [1, -1] + [1] * (input.dim() - 2)
     # Half precision has too few digits for sums over a batch.
     x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
 
     if training:
+        count = input.numel() // max(input.size(1), 1)
         if count == 1:
             raise ValueError(
                 f"batch normalisation cannot train on one value per channel (input of shape {tuple(input.shape)}): "
                 "use a larger batch, or eval()"
             )
-        mean, var = x.mean(reduced), x.var(reduced, correction=0)
-        if running_mean is not None:
-            running_mean.lerp_(mean.detach().to(running_mean.dtype), momentum)
-        if running_var is not None:
-            unbiased = var.detach() * (count / (count - 1))
-            running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+        var, mean = torch.var_mean(x, others, correction=0, keepdim=True)
+        with torch.no_grad():
+            if running_mean is not None:
+                running_mean.lerp_(mean.flatten().to(running_mean.dtype), momentum)
+            if running_var is not None:
+                unbiased = var.flatten() * (count / (count - 1))
+                running_var.lerp_(unbiased.to(running_var.dtype), momentum)
     elif running_mean is None or running_var is None:
         raise ValueError("batch normalisation needs running_mean and running_var when it is not training")
     else:
-        mean, var = running_mean.to(x.dtype), running_var.to(x.dtype)
+        mean, var = running_mean.to(x.dtype).view(per_channel), running_var.to(x.dtype).view(per_channel)
 
-    per_channel = [1, -1] + [1] * (input.dim() - 2)
-    y = (x - mean.view(per_channel)) * torch.rsqrt(var + eps).view(per_channel)
+    y = (x - mean) * torch.rsqrt(var + eps)
     if weight is not None:
         y = y * weight.view(per_channel)
     if bias is not None:

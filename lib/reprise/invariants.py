@@ -83,7 +83,7 @@ class Watch:
     def __init__(self, models: list[nn.Module]):
         self.models = models
         self.layers = {
-            name or type(model).__name__: layer
+            f"{name or 'model'} ({type(layer).__name__})": layer
             for model in models
             for name, layer in model.named_modules()
             if hasattr(layer, "_declared")

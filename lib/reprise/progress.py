@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
@@ -99,6 +100,18 @@ def display(name: str, steps: int) -> Silent:
     if sys.stderr is not None and sys.stderr.isatty():
         return Bar(name, steps, notebook=False)
     return Silent(name, steps)
+
+
+def sweep(name: str, items: Iterable) -> Iterator:
+    """Iterate over the settings of many short trainings (``train(..., quiet=True)``) under one bar."""
+    items = list(items)
+    shown = display(name, len(items))
+    try:
+        for done, item in enumerate(items, 1):
+            yield item
+            shown.advance(done)
+    finally:
+        shown.close()
 
 
 def _in_notebook() -> bool:

@@ -18,9 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from .invariants import InvariantError, NotFinite, Watch, declare, is_checked
-from .progress import display
+from .progress import Silent, display, sweep
 
-__all__ = ["Batches", "InvariantError", "accuracy", "declare", "pick_device", "seed_everything", "spawn_seeds", "train"]
+__all__ = [
+    "Batches",
+    "InvariantError",
+    "accuracy",
+    "declare",
+    "pick_device",
+    "seed_everything",
+    "spawn_seeds",
+    "sweep",
+    "train",
+]
 
 
 def seed_everything(seed: int, *names: str) -> None:
@@ -108,13 +118,14 @@ class Training:
 
     _FETCH_EVERY = 64
 
-    def __init__(self, name: str, steps: int, parts: tuple, seed: int, may_diverge: bool):
+    def __init__(self, name: str, steps: int, parts: tuple, seed: int, may_diverge: bool, quiet: bool):
         if not isinstance(steps, int) or steps < 1:
             raise ValueError(f"training {name!r}: steps is {steps!r}, but must be a whole number of at least 1")
         for part in parts:
             if not hasattr(part, "state_dict"):
                 raise TypeError(f"training {name!r}: a {type(part).__name__} has no state_dict")
-        self.name, self.steps, self.parts, self.seed, self.may_diverge = name, steps, parts, seed, may_diverge
+        self.name, self.steps, self.parts, self.seed = name, steps, parts, seed
+        self.may_diverge, self.quiet = may_diverge, quiet
         self.step = 0
         self.diverged_at: int | None = None
         self._curves: dict[str, tuple[list[int], list[float]]] = {}
@@ -124,7 +135,7 @@ class Training:
         watch = Watch([part for part in self.parts if isinstance(part, nn.Module)])
         seed_everything(self.seed, self.name)
         self._curves, self._pending, self.diverged_at = {}, {}, None
-        shown = display(self.name, self.steps)
+        shown = (Silent if self.quiet else display)(self.name, self.steps)
         try:
             for step in range(self.steps):
                 self.step = step
@@ -145,7 +156,7 @@ class Training:
             seed_everything(self.seed, self.name, "after")
 
     def log(self, **values: float | Tensor) -> None:
-        """Record values at the current step; one named ``loss`` must stay finite."""
+        """Record values, numbers or tensors, at the current step; one named ``loss`` must stay finite."""
         for name, value in values.items():
             self._curves.setdefault(name, ([], []))[0].append(self.step)
             self._pending.setdefault(name, []).append(value.detach() if isinstance(value, Tensor) else value)
@@ -174,10 +185,10 @@ class Training:
             steps, values = self._curves["loss"]
             step = steps[first_bad]
             raise NotFinite(f"training {self.name!r}: the loss is {values[first_bad]} at step {step}", step)
-        return {name: values[-1] for name, (_, values) in self._curves.items()}
+        return {name: values[-1] for name, (_, values) in self._curves.items() if isinstance(values[-1], float)}
 
 
-def train(name: str, steps: int, *parts, seed: int = 0, may_diverge: bool = False) -> Training:
+def train(name: str, steps: int, *parts, seed: int = 0, may_diverge: bool = False, quiet: bool = False) -> Training:
     """Iterate over the steps of one training, with progress shown and invariants checked.
 
     The training seeds all generators from (seed, name) when it starts and again when it ends, so that neither it
@@ -189,9 +200,10 @@ def train(name: str, steps: int, *parts, seed: int = 0, may_diverge: bool = Fals
         *parts: everything that changes while training and has a ``state_dict``: models, optimisers, batches.
             The invariants declared at models among them are checked.
         seed: see above.
-        may_diverge: stop quietly when the loss is no longer finite, instead of raising.
+        may_diverge: stop when the loss is no longer finite, instead of raising.
+        quiet: show no progress, for one of many short trainings inside a :func:`sweep`.
 
     Raises:
         InvariantError: naming layer or loss, step and value, when a declared invariant is violated.
     """
-    return Training(name, steps, parts, seed, may_diverge)
+    return Training(name, steps, parts, seed, may_diverge, quiet)
