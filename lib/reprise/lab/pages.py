@@ -1,0 +1,134 @@
+"""The generated parts of README and of the papers' pages.
+
+Text between ``<!-- name -->`` and ``<!-- /name -->`` in a page belongs to this module; the rest to its author.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from .checkout import Checkout
+from .claims import SCALES, show
+from .errors import BadInput
+from .report import minutes, outcome_on_record, record
+from .results import Outcome
+from .tables import ablation_words, count_words
+
+_MARKED = re.compile(r"<!-- (?P<name>[\w.:-]+) -->(?P<text>.*?)<!-- /(?P=name) -->", re.DOTALL)
+
+
+def pages(checkout: Checkout) -> list[Path]:
+    """Every page with generated parts."""
+    papers = checkout.root / "papers"
+    candidates = [checkout.root / "README.md", papers / "README.md"]
+    return [
+        page
+        for page in [*candidates, *(checkout.paper(name) / "README.md" for name in checkout.names())]
+        if page.is_file()
+    ]
+
+
+def write_pages(checkout: Checkout) -> list[Path]:
+    """Write the generated parts anew. Returns the pages that changed."""
+    changed = []
+    for page in pages(checkout):
+        old = page.read_text(encoding="utf-8")
+        new = regenerated(checkout, page)
+        if new != old:
+            page.write_text(new, encoding="utf-8")
+            changed.append(page)
+    return changed
+
+
+def regenerated(checkout: Checkout, page: Path) -> str:
+    """A page with its generated parts as the record has them now."""
+
+    def fill(match: re.Match) -> str:
+        name = match["name"]
+        text = _content(checkout, page, name)
+        if "\n" in match["text"]:
+            text = f"\n{text}\n"
+        return f"<!-- {name} -->{text}<!-- /{name} -->"
+
+    return _MARKED.sub(fill, page.read_text(encoding="utf-8"))
+
+
+def _content(checkout: Checkout, page: Path, name: str) -> str:
+    """What belongs at a marker: ``papers``, ``index``, ``results``, or one value as ``paper.scale.claim``, with
+    ``paper.scale.claim.without`` for the value without something."""
+    if name == "papers":
+        return papers_table(checkout)
+    if name == "index":
+        return _index_table(checkout)
+    if name == "results":
+        return _results(checkout, page.parent.name)
+    paper, scale, claim, *without = name.split(".")
+    outcome = outcome_on_record(checkout, paper, scale)
+    if outcome is None:
+        return "not measured yet"
+    try:
+        values = outcome.without[without[0]] if without else outcome.measurements
+        return str(values[claim])
+    except KeyError:
+        raise BadInput(f"{page.name} asks for {name}, which is not on record") from None
+
+
+def papers_table(checkout: Checkout, to_root: str = "") -> str:
+    """The papers that are present with what is on record for them; ``to_root`` leads from the page to the root."""
+    lines = ["| paper | quick: bundled data | full: the paper's data | quick takes |", "|---|---|---|---|"]
+    for name in checkout.names():
+        claims = checkout.claims(name)
+        quick, full = (count_words(outcome_on_record(checkout, name, scale)) for scale in SCALES)
+        title = f"[{claims.title}]({to_root}notebooks/{name}.ipynb) ({claims.year})"
+        link = f"[{quick}]({to_root}papers/{name}/README.md)"
+        lines.append(f"| {title} | {link} | {full} | {minutes(checkout, name, 'quick')} |")
+    return "\n".join(lines)
+
+
+def _index_table(checkout: Checkout) -> str:
+    lines = ["| | paper | year | status |", "|---|---|---|---|"]
+    for number, (name, entry) in enumerate(checkout.index.items(), 1):
+        present = name in checkout.names()
+        title = f"[{entry['title']}]({name}/README.md)" if present else entry["title"]
+        status = f"[here](../notebooks/{name}.ipynb)" if present else "planned"
+        lines.append(
+            f"| {number} | {title}, {entry['authors']} ([source]({entry['url']})) | {entry['year']} | {status} |"
+        )
+    return "\n".join(lines)
+
+
+def _results(checkout: Checkout, name: str) -> str:
+    parts = []
+    for scale in SCALES:
+        outcome = outcome_on_record(checkout, name, scale)
+        parts.append(f"### {scale.capitalize()}\n")
+        parts.append(_scale_table(outcome, record(checkout, name, scale)) if outcome else "not measured yet\n")
+    missing = [c for c in checkout.claims(name).claims.values() if c.not_attempted]
+    parts.append("### Not attempted\n\n" + "\n".join(f"- {c.text} ({c.where}): {c.not_attempted}" for c in missing))
+    return "\n".join(parts)
+
+
+def _scale_table(outcome: Outcome, result: dict) -> str:
+    lines = ["| claim | where | the paper says | measured | holds when | verdict |", "|---|---|---|---|---|---|"]
+    verdicts = outcome.verdicts()
+    for claim in outcome.claims.at(outcome.scale):
+        range_, value = claim.ranges[outcome.scale], outcome.measurements[claim.id]
+        seeds = f" ({', '.join(show(one) for one in value.per_seed)})" if value.per_seed else ""
+        verdict = f"**{verdicts[claim.id]}**" + (f": {range_.why}" if range_.why else "")
+        cells = (claim.text, claim.where, claim.paper, f"{value}{seeds}", range_.words, verdict)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    lines += ["", "| taken away | claim | measured then | |", "|---|---|---|---|"]
+    for without, claim in outcome.claims.breaking(outcome.scale):
+        value = outcome.without[without.id][claim.id]
+        lines.append(f"| {without.removes} | {claim.id} | {value} | {ablation_words(without, claim, outcome)} |")
+    facts = result["provenance"]
+    packages = facts["packages"]
+    lines += [
+        "",
+        f"Commit `{facts['commit'][:12]}`, seed {facts['seed']}, {facts['device']}, {facts['threads']} thread, "
+        f"torch {packages.get('torch', '–')}, {facts['wall_seconds']:.0f} s, {facts['peak_memory_mb']} MB, "
+        f"data {', '.join(facts['data']) or 'none'}; checksums in `results/{outcome.scale}.json`.",
+        "",
+    ]
+    return "\n".join(lines)
