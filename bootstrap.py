@@ -19,13 +19,15 @@ VENV = ROOT / ".venv"
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 STAMP = VENV / "reprise-setup.txt"
+# The Python to build on: not .venv's own, should this run inside it, since .venv may be made anew.
+BASE = getattr(sys, "_base_executable", None) or sys.executable
 
 
 def stop(message: str) -> None:
     sys.exit(f"bootstrap: {message}")
 
 
-def run(*command: object, quiet: bool = False) -> int:
+def run(*command: object) -> int:
     """Run a command in the checkout with the environment that every target wants; its exit status."""
     environment = {
         **os.environ,
@@ -38,8 +40,7 @@ def run(*command: object, quiet: bool = False) -> int:
     }
     # A notebook or test started from here must not think that it is part of a run.
     environment.pop("REPRISE_RUN", None)
-    output = subprocess.DEVNULL if quiet else None
-    return subprocess.run([str(part) for part in command], cwd=ROOT, env=environment, stdout=output).returncode
+    return subprocess.run([str(part) for part in command], cwd=ROOT, env=environment).returncode
 
 
 def wanted() -> str:
@@ -59,10 +60,10 @@ def setup() -> int:
     if not uv and not (importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip")):
         stop("this Python has no venv: install it (Debian, Ubuntu: apt install python3-venv), or install uv")
     shutil.rmtree(VENV, ignore_errors=True)
-    make = [uv, "venv", "--quiet", "--python", sys.executable, VENV] if uv else [sys.executable, "-m", "venv", VENV]
+    make = [uv, "venv", "--quiet", "--python", BASE, VENV] if uv else [BASE, "-m", "venv", VENV]
     if run(*make):
         stop("could not make .venv; the lines above say why")
-    install = [uv, "pip", "install", "--quiet", "--python", PYTHON] if uv else [PYTHON, "-m", "pip", "install", "-q"]
+    install = [uv, "pip", "install", "--quiet", "--python", PYTHON] if uv else [PYTHON, "-m", "pip", "install", "-qq"]
     constrained = ["--constraint", ROOT / "constraints.txt"]
     if index := os.environ.get("TORCH_INDEX"):
         # Both from there, or they do not fit each other: torchvision is built against one build of torch.
@@ -102,7 +103,7 @@ def lab() -> int:
 
 
 def publish() -> int:
-    """Run everything and commit-ready: results, figures, executed notebooks and tables are written anew."""
+    """Run what changed; write results, figures, executed notebooks and tables anew, ready to be committed."""
     return reproduce() or run(PYTHON, "-m", "reprise.lab.cli", "collect", "runs")
 
 
