@@ -35,7 +35,6 @@ def run(*command: object) -> int:
         "MKL_NUM_THREADS": os.environ.get("MKL_NUM_THREADS", "1"),
         "JUPYTER_PREFER_ENV_PATH": "1",  # this environment's kernel, even where the user has another python3
         "PYTHONUTF8": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
     }
     # A notebook or test started from here must not think that it is part of a run.

@@ -35,7 +35,7 @@ class Paper:
             for parameter, value in values.items()
             if value != declared[parameter].default and parameter not in ("scale", "seed", "device")
         }
-        self._device = values["device"]
+        self._device_name = values["device"]
         self.timings: dict[str, float] = {}
         self.outcome = Outcome(self.claims, values["scale"], {}, {}, judged=not self.changed)
 
@@ -82,17 +82,22 @@ class Paper:
         """Print the verdict on every claim, without numbers, and hand the measurements to the runner."""
         self._require_all()
         if run := os.environ.get("REPRISE_RUN"):
-            facts = provenance(self._device if self._device != "auto" else _auto_device())
+            facts = provenance(str(self.device))
             record = {**self.outcome.as_json(), "timings": self.timings, "provenance": facts}
             write_json(Path(run) / "measurements.json", record)
         print(tables.verdicts_text(self.outcome))
 
+    @property
+    def device(self):
+        """The torch device that the parameter ``device`` names.
+
+        Raises:
+            ValueError: if this machine does not have it.
+        """
+        from reprise.training import pick_device
+
+        return pick_device(self._device_name)
+
     def _require_all(self) -> None:
         if missing := self.outcome.missing():
             raise BadInput(f"not recorded: {', '.join(missing)}. Run the notebook from the top")
-
-
-def _auto_device() -> str:
-    from reprise.training import pick_device
-
-    return str(pick_device("auto"))
