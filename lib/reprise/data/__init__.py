@@ -8,15 +8,13 @@ What each is, where it comes from and its licence stand in ``data/datasets.yaml`
 from __future__ import annotations
 
 import hashlib
-from functools import cache
-from pathlib import Path
 
-import yaml
 from torch import Tensor
 
-from . import bundled, letters
+from . import bundled, downloads, letters
+from .files import DataError, at_hand, descriptions, obtain_all
 
-ROOT = Path(__file__).parents[3] / "data"
+__all__ = ["DataError", "at_hand", "describe", "descriptions", "load", "loaded", "obtain_all"]
 
 _LOADERS = {
     "digits": bundled.digits,
@@ -24,6 +22,10 @@ _LOADERS = {
     "faces_small": bundled.faces_small,
     "stereo": bundled.stereo,
     "letters": letters.letters,
+    "mnist": downloads.mnist,
+    "fashion_mnist": downloads.fashion_mnist,
+    "cifar10": downloads.cifar10,
+    "cifar10_subset": downloads.cifar10_subset,
 }
 
 # Checksums of what this process loaded, for the record of a run: {"digits/train": sha256}.
@@ -36,7 +38,9 @@ def load(name: str, split: str = "all"):
     Images are float32 between 0 and 1, shaped (N, C, H, W); labels are int64, shaped (N,).
 
     Args:
-        name: ``digits``, ``letters``, ``faces_small``, ``photos`` or ``stereo``; ``describe(name)`` tells more.
+        name: ``digits``, ``letters``, ``faces_small``, ``photos`` and ``stereo`` are always there; ``mnist``,
+            ``fashion_mnist``, ``cifar10`` and ``cifar10_subset`` are downloaded or taken from a mirror;
+            ``describe(name)`` tells more.
         split: ``train``, ``valid``, ``test``, or several joined by ``+``; ``all`` for data without splits.
 
     Returns:
@@ -44,18 +48,13 @@ def load(name: str, split: str = "all"):
 
     Raises:
         ValueError: for an unknown name or split, listing those there are.
+        DataError: if a file is neither at hand nor can be downloaded; nothing else is used in its place.
     """
     if name not in _LOADERS:
         raise ValueError(f"no dataset {name!r}; there are {', '.join(_LOADERS)}")
     data = _LOADERS[name](split)
     loaded[f"{name}/{split}"] = _checksum(data)
     return data
-
-
-@cache
-def descriptions() -> dict[str, dict]:
-    """Everything in ``data/datasets.yaml``, by name."""
-    return yaml.safe_load((ROOT / "datasets.yaml").read_text(encoding="utf-8"))
 
 
 def describe(name: str) -> dict:

@@ -119,6 +119,15 @@ def collect(folder) -> None:
 
 
 @main.command()
+@click.argument("names", nargs=-1, required=True, metavar="NAME…")
+def fetch(names) -> None:
+    """Download datasets ahead of time."""
+    for name in names:
+        runner.require_data((name,))
+        click.echo(f"{name}: at hand")
+
+
+@main.command()
 def doctor() -> None:
     """What this machine can run."""
     click.echo(tables.align(examine(Checkout.find())))

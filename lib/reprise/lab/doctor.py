@@ -38,8 +38,16 @@ def examine(checkout: Checkout) -> list[tuple[str, str]]:
     mirror = os.environ.get("REPRISE_MIRROR")
     rows.append(("mirror", mirror or "REPRISE_MIRROR is not set: nothing is looked up before the network"))
     for name, facts in descriptions().items():
-        rows.append((f"data: {name}", f"{facts['size']}, in {facts['in']}"))
+        rows.append((f"data: {name}", f"{facts['size']}, {_whereabouts(name, facts)}"))
     return rows
+
+
+def _whereabouts(name: str, facts: dict) -> str:
+    from reprise.data import at_hand
+
+    if "in" in facts:
+        return f"in {facts['in']}"
+    return "at hand" if at_hand(name) else f"not here (reprise fetch {name})"
 
 
 def _device(torch) -> str:

@@ -61,13 +61,15 @@ def plan(
         values = {key: given.get(key, parameter.default) for key, parameter in declared.items()}
         values["scale"] = declared["scale"].check(scale)
         changed = {key: value for key, value in values.items() if value != declared[key].default}
+        claims = checkout.claims(name)
+        require_data(claims.data[scale])
         digest = notebooks.run_hash(notebook, {k: v for k, v in changed.items() if k != "device"}, _device(values))
         recorded = read_json(checkout.paper(name) / "results" / f"{scale}.json") or {}
         jobs.append(
             Job(
                 name=name,
                 scale=scale,
-                claims=checkout.claims(name),
+                claims=claims,
                 notebook=checkout.notebook(name),
                 folder=out / scale / f"{name}-{digest}",
                 parameters=values,
@@ -76,6 +78,23 @@ def plan(
             )
         )
     return sorted(jobs, key=lambda job: -job.expected_seconds)
+
+
+def require_data(names: tuple[str, ...]) -> None:
+    """Have every file of these datasets at hand, downloading what is missing.
+
+    Raises:
+        BadInput: if a dataset is unknown or cannot be had.
+    """
+    from reprise.data import DataError, descriptions, obtain_all
+
+    for name in names:
+        if name not in descriptions():
+            raise BadInput(f"no dataset {name!r}; there are {', '.join(descriptions())}")
+        try:
+            obtain_all(name)
+        except DataError as error:
+            raise BadInput(str(error)) from None
 
 
 def _device(values: dict[str, object]) -> str:

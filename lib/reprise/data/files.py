@@ -1,0 +1,118 @@
+"""Files that do not ship inside a package: found, checked by sha256 before every use, downloaded where missing.
+
+``REPRISE_DATA`` moves the folder they are kept in (``data/`` of the checkout). ``REPRISE_MIRROR`` names a folder that
+is looked in before the network, laid out as ``<dataset>/<file>``; files are used from there in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+_HOME = Path(__file__).parents[3] / "data"
+_ATTEMPTS = 3
+
+
+class DataError(RuntimeError):
+    """A file is missing or damaged and could not be had; one line that says what would help."""
+
+
+@cache
+def descriptions() -> dict[str, dict]:
+    """Everything in ``data/datasets.yaml``, by name."""
+    return yaml.safe_load((_HOME / "datasets.yaml").read_text(encoding="utf-8"))
+
+
+def folder() -> Path:
+    """Where downloads are kept."""
+    return Path(os.environ.get("REPRISE_DATA") or _HOME).expanduser()
+
+
+def obtain(dataset: str, file: str) -> Path:
+    """A path to one file of a dataset whose content has just been checked.
+
+    Raises:
+        DataError: if no intact copy is at hand and none could be downloaded.
+    """
+    facts = descriptions()[dataset]
+    if path := _intact(dataset, file):
+        return path
+    damaged = [place / file for place in _places(dataset) if (place / file).is_file()]
+    problems = [f"{path} is damaged (another sha256 than expected)" for path in damaged]
+    if "urls" not in facts:
+        raise DataError(
+            f"{dataset}: no intact {file}; set REPRISE_MIRROR to a folder that has {dataset}/{file}"
+            + "".join(f"; {problem}" for problem in problems)
+        )
+    return _download(dataset, file, [url + file for url in facts["urls"]], problems)
+
+
+def obtain_all(dataset: str) -> dict[str, Path]:
+    """All files of a dataset by name; empty for those that ship inside a package."""
+    return {file: obtain(dataset, file) for file in descriptions()[dataset].get("files", {})}
+
+
+def at_hand(dataset: str) -> bool:
+    """Whether intact copies of all files are here or in the mirror, so that nothing would be downloaded."""
+    return all(_intact(dataset, file) for file in descriptions()[dataset].get("files", {}))
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _places(dataset: str) -> Iterable[Path]:
+    yield folder() / dataset
+    if mirror := os.environ.get("REPRISE_MIRROR"):
+        yield Path(mirror).expanduser() / dataset
+
+
+def _intact(dataset: str, file: str) -> Path | None:
+    """The first copy of a file whose content is what it should be."""
+    expected = descriptions()[dataset]["files"][file]["sha256"]
+    for place in _places(dataset):
+        if (place / file).is_file() and sha256(place / file) == expected:
+            return place / file
+    return None
+
+
+def _download(dataset: str, file: str, urls: list[str], problems: list[str]) -> Path:
+    expected = descriptions()[dataset]["files"][file]["sha256"]
+    target = folder() / dataset / file
+    # A name of this process's own: two that download at once do not write into one file.
+    temporary = target.with_name(f"{file}.{os.getpid()}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for attempt in range(_ATTEMPTS):
+            for url in urls:
+                try:
+                    with urllib.request.urlopen(url, timeout=30) as answer, temporary.open("wb") as out:
+                        shutil.copyfileobj(answer, out)
+                except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+                    problems.append(f"{url}: {getattr(error, 'reason', error)}")
+                    continue
+                if sha256(temporary) == expected:
+                    os.replace(temporary, target)
+                    return target
+                problems.append(f"{url} sent another file than expected (sha256 differs)")
+            time.sleep(2**attempt if attempt < _ATTEMPTS - 1 else 0)
+    except OSError as error:
+        raise DataError(f"{dataset}: {file} could not be written to {target.parent}: {error.strerror}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    raise DataError(
+        f"{dataset}: {file} could not be downloaded ({problems[-1]}). Without a network, set REPRISE_MIRROR to "
+        f"a folder that has {dataset}/{file}, or put the file into {target.parent}"
+    )
