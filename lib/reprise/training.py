@@ -11,12 +11,15 @@ import contextlib
 import hashlib
 import math
 import random
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import checkpoints
 from .invariants import InvariantError, NotFinite, Watch, declare, is_checked
 from .progress import Silent, display, sweep
 
@@ -135,9 +138,12 @@ class Training:
         watch = Watch([part for part in self.parts if isinstance(part, nn.Module)])
         seed_everything(self.seed, self.name)
         self._curves, self._pending, self.diverged_at = {}, {}, None
+        checkpoint = checkpoints.path_for(self.name, self.seed, self.steps)
+        first = self._resume(checkpoint)
         shown = (Silent if self.quiet else display)(self.name, self.steps)
+        saved = started = time.monotonic()
         try:
-            for step in range(self.steps):
+            for step in range(first, self.steps):
                 self.step = step
                 handles = watch.before(step) if is_checked(step) else None
                 yield step
@@ -146,6 +152,9 @@ class Training:
                 if handles is not None:
                     watch.after(step, handles)
                 shown.advance(step + 1)
+                if checkpoint is not None and self._is_due(step, saved, started):
+                    self._save(checkpoint)
+                    saved = time.monotonic()
         except NotFinite as error:
             self.diverged_at = error.step
             if not self.may_diverge:
@@ -171,13 +180,47 @@ class Training:
         steps, values = self._curves[name]
         return np.array(steps), np.array(values)
 
+    def _is_due(self, step: int, saved: float, started: float) -> bool:
+        """Whether to save after a step: now and then, and at the end of all but the shortest trainings, which are
+        as quickly done again."""
+        interval, now = checkpoints.seconds_between(), time.monotonic()
+        return now - saved > interval or (step == self.steps - 1 and now - started > interval / 10)
+
+    def _save(self, path: Path) -> None:
+        self._fetch()
+        state = {
+            "step": self.step,
+            "parts": [part.state_dict() for part in self.parts],
+            "curves": {
+                name: (steps, torch.tensor(values, dtype=torch.float64))
+                for name, (steps, values) in self._curves.items()
+            },
+            "random": checkpoints.random_state(),
+        }
+        # A training is worth more than its checkpoint: a full disk shows where results are written.
+        with contextlib.suppress(OSError):
+            checkpoints.save(path, state)
+
+    def _resume(self, path: Path | None) -> int:
+        """Go back to where an interrupted run was, if there is a checkpoint; the first step still to do."""
+        state = checkpoints.load(path) if path else None
+        if state is None:
+            return 0
+        for part, saved in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
+        self._curves = {name: (steps, values.tolist()) for name, (steps, values) in state["curves"].items()}
+        checkpoints.restore_random_state(state["random"])
+        self.step = state["step"]
+        return self.step + 1
+
     def _fetch(self) -> dict[str, float]:
         """Move pending values into the curves, many at once since each fetch waits for the device; the newest."""
         first_bad = None
         for name, pending in self._pending.items():
             steps, values = self._curves[name]
             known = len(values)
-            values += torch.stack([torch.as_tensor(value) for value in pending]).tolist() if pending else []
+            if pending:
+                values += torch.stack([torch.as_tensor(value) for value in pending]).cpu().double().tolist()
             pending.clear()
             if name == "loss":
                 first_bad = next((i for i in range(known, len(values)) if not math.isfinite(values[i])), None)

@@ -6,16 +6,20 @@ raised, a kernel that died, a cell that ended the kernel on purpose, and one tha
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 import time
 from pathlib import Path
 
 import nbformat
 import papermill
+import psutil
+from filelock import FileLock
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from .results import read_json, write_json
+from .results import LOCK, read_json, write_json
 
 
 def execute(folder: Path) -> None:
@@ -84,5 +88,21 @@ def _is_banner(cell) -> bool:
     return any(tag.startswith("papermill-error") for tag in cell.metadata.get("tags", []))
 
 
+def _die_with(parent: int) -> None:
+    """End this process and its kernel when the runner is gone, so that nothing works on unwatched."""
+    while psutil.pid_exists(parent) and os.getppid() == parent:
+        time.sleep(0.5)
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
+    os._exit(1)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
+    with FileLock(folder / LOCK, timeout=0):  # held as long as this process lives, whatever ends it
+        execute(folder)
+
+
 if __name__ == "__main__":
-    execute(Path(sys.argv[1]))
+    main()

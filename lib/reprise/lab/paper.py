@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from reprise.checkpoints import require_ownership
+
 from . import notebooks, tables
 from .checkout import Checkout
 from .errors import BadInput
@@ -84,6 +86,7 @@ class Paper:
         if run := os.environ.get("REPRISE_RUN"):
             facts = provenance(str(self.device))
             record = {**self.outcome.as_json(), "timings": self.timings, "provenance": facts}
+            require_ownership()
             write_json(Path(run) / "measurements.json", record)
         print(tables.verdicts_text(self.outcome))
 

@@ -11,10 +11,26 @@ from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from .claims import Claims, Measurement
 from .errors import BadInput
 
 _PACKAGES = ("reprise", "torch", "torchvision", "numpy", "scikit-learn", "scikit-image", "matplotlib", "cupy")
+
+
+LOCK = "lock"
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process is working in a run's folder."""
+    if not (folder / LOCK).exists():
+        return False
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def write_json(path: Path, data: dict) -> None:

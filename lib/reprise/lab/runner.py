@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from .checkout import Checkout
 from .claims import Claims
 from .errors import BadInput
 from .parameters import parse_options
-from .results import Outcome, read_json, write_json
+from .results import LOCK, Outcome, is_locked, read_json, write_json
 
 _UNKNOWN_LENGTH = float("inf")
 
@@ -111,6 +112,8 @@ def run(checkout: Checkout, jobs: list[Job], at_once: int, force: bool, timeout:
     commit = checkout.commit()
     waiting = []
     for job in jobs:
+        if is_locked(job.folder):
+            raise BadInput(f"{job.name} is already running in {job.folder}")
         job.result = None if force else read_json(job.folder / "result.json")
         if job.result is None:
             waiting.append(job)
@@ -121,7 +124,7 @@ def run(checkout: Checkout, jobs: list[Job], at_once: int, force: bool, timeout:
         while waiting or running:
             while waiting and len(running) < at_once:
                 job = waiting.pop(0)
-                _start(checkout, job, commit, timeout)
+                _start(checkout, job, commit, timeout, force)
                 running.append(job)
             time.sleep(0.1)
             for job in [job for job in running if job.process.poll() is not None]:
@@ -134,9 +137,11 @@ def run(checkout: Checkout, jobs: list[Job], at_once: int, force: bool, timeout:
         raise
 
 
-def _start(checkout: Checkout, job: Job, commit: str, timeout: int | None) -> None:
+def _start(checkout: Checkout, job: Job, commit: str, timeout: int | None, force: bool) -> None:
+    owner = uuid.uuid4().hex
     try:
-        _empty(job.folder)
+        _clear(job.folder, keep_checkpoints=not force)
+        (job.folder / "owner").write_text(owner, encoding="utf-8")
         description = {
             "notebook": str(job.notebook),
             "parameters": job.parameters,
@@ -152,6 +157,7 @@ def _start(checkout: Checkout, job: Job, commit: str, timeout: int | None) -> No
     environment = {
         **os.environ,
         "REPRISE_RUN": str(job.folder.resolve()),
+        "REPRISE_OWNER": owner,
         # The library of the checkout that is served, whichever one is installed.
         "PYTHONPATH": os.pathsep.join([*path, *filter(None, [os.environ.get("PYTHONPATH")])]),
         # The kernel of this environment, even where the user has another one of the same name.
@@ -171,11 +177,14 @@ def _start(checkout: Checkout, job: Job, commit: str, timeout: int | None) -> No
         )
 
 
-def _empty(folder: Path) -> None:
-    """An empty folder for the run: what an earlier attempt left must not be taken for this one's."""
-    if folder.is_dir():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+def _clear(folder: Path, keep_checkpoints: bool) -> None:
+    """A folder for the run: of an earlier attempt only checkpoints stay, the rest must not be taken for this one's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir() and not (keep_checkpoints and path.name == "checkpoints"):
+            shutil.rmtree(path)
+        elif path.is_file() and path.name != LOCK:
+            path.unlink()
 
 
 def _conclude(job: Job) -> None:
