@@ -11,6 +11,9 @@ from .errors import BadInput
 from .pages import write_pages
 from .results import read_json, write_json
 
+# Ranges are set from runs with these seeds, never from the default one.
+CALIBRATION_SEEDS = range(100, 105)
+
 
 def collect(checkout: Checkout, folder: Path) -> list[str]:
     """Take over every finished run below a folder, then write all pages anew.
@@ -28,21 +31,46 @@ def collect(checkout: Checkout, folder: Path) -> list[str]:
     newest = {}
     for run, result in sorted(runs, key=lambda pair: pair[1]["provenance"]["finished"]):
         if result["paper"] in checkout.names() and _is_current(checkout, run, result):
-            newest[result["paper"], result["scale"]] = run, result
+            newest[result["paper"], result["scale"], result["provenance"]["seed"]] = run, result
     lines = []
-    for (name, scale), (run, result) in newest.items():
-        _take(checkout, name, scale, run, result)
-        lines.append(f"{name} {scale}: from {run.name}, commit {result['provenance']['commit'][:12]}")
+    for (name, scale, seed), (run, result) in newest.items():
+        if seed == _default_seed(checkout, name):
+            _take(checkout, name, scale, run, result)
+            lines.append(f"{name} {scale}: from {run.name}, commit {result['provenance']['commit'][:12]}")
+    for name in checkout.names():
+        calibration = {seed: newest[key][1] for seed in CALIBRATION_SEEDS if (key := (name, "quick", seed)) in newest}
+        if len(calibration) == len(CALIBRATION_SEEDS):
+            write_json(checkout.paper(name) / "spread.json", _spread(calibration))
+            lines.append(f"{name}: spread over seeds {', '.join(map(str, calibration))}")
     lines += [f"{path.name}: executed" for path in _execute_guides(checkout)]
     return lines + [f"{path.relative_to(checkout.root)}: written" for path in write_pages(checkout)]
 
 
 def _is_current(checkout: Checkout, run: Path, result: dict) -> bool:
-    """Whether a run is of the published kind: the notebook as it stands, with its own parameters and seed."""
-    notebook = notebooks.read(checkout.notebook(result["paper"]))
-    same = notebooks.edit_hash(_as_written(run)) == notebooks.edit_hash(notebook)
-    default_seed = result["provenance"]["seed"] == notebooks.parameters(notebook)["seed"].default
-    return result["judged"] and default_seed and (same or result["scale"] == "full")
+    """Whether a run is of the published kind: the notebook as it stands, with its own parameters."""
+    written = notebooks.read(checkout.notebook(result["paper"]))
+    same = notebooks.edit_hash(_as_written(run)) == notebooks.edit_hash(written)
+    return result["judged"] and (same or result["scale"] == "full")
+
+
+def _default_seed(checkout: Checkout, name: str) -> int:
+    return notebooks.parameters(notebooks.read(checkout.notebook(name)))["seed"].default
+
+
+def _spread(results: dict[int, dict]) -> dict:
+    """What each seed measured, for the test that recomputes the ranges: {id: {seed: value}}, without likewise."""
+    some = next(iter(results.values()))
+
+    def by_seed(read) -> dict:
+        return {str(seed): read(result) for seed, result in results.items()}
+
+    return {
+        "measurements": {id: by_seed(lambda r, id=id: r["measurements"][id]["value"]) for id in some["measurements"]},
+        "without": {
+            what: {id: by_seed(lambda r, what=what, id=id: r["without"][what][id]["value"]) for id in entries}
+            for what, entries in some["without"].items()
+        },
+    }
 
 
 def _as_written(run: Path):
