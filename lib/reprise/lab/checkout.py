@@ -31,8 +31,12 @@ class Checkout:
     @functools.cached_property
     def index(self) -> dict[str, dict]:
         """All papers of the course, present and planned: {name: {title, authors, year, url, ...}}."""
-        entries = yaml.safe_load((self.root / "papers" / "index.yaml").read_text(encoding="utf-8"))
-        return {entry["name"]: entry for entry in entries}
+        try:
+            entries = yaml.safe_load((self.root / "papers" / "index.yaml").read_text(encoding="utf-8"))
+            return {entry["name"]: entry for entry in entries}
+        except (yaml.YAMLError, TypeError, KeyError) as error:
+            problem = " ".join(str(error).split())
+            raise BadInput(f"papers/index.yaml is not a list of entries with a name each: {problem}") from None
 
     def names(self) -> list[str]:
         """The papers that are present, in the order of the course."""

@@ -183,25 +183,33 @@ class _Reader:
             raise self.fail(entry, f"unknown key {', '.join(unknown)}")
         return data
 
+    def items(self, entry: str, data: object) -> list:
+        if not isinstance(data, list | None):  # a single word would else be taken for a list of letters
+            raise self.fail(entry, f"expected a list, found {type(data).__name__}")
+        return data or []
+
     def paper(self, name: str, data: object) -> Claims:
         data = self.check_keys(
             "top level", data, {"title", "authors", "year", "data", "claims"}, {"arxiv", "url", "without"}
         )
         if not data.get("arxiv") and not data.get("url"):
             raise self.fail("top level", "missing key arxiv (or url)")
+        for key, kind, words in (("year", int, "a number"), ("arxiv", str, "text (put it in quotes)")):
+            if not isinstance(data.get(key, kind()), kind):
+                raise self.fail("top level", f"{key}: {data[key]!r} is not {words}")
         self.check_keys("data", data["data"], {"quick", "full"}, set())
-        claims = self.unique("claims", [self.claim(i, entry) for i, entry in enumerate(data["claims"] or [], 1)])
-        without = self.unique(
-            "without", [self.without(i, entry, claims) for i, entry in enumerate(data.get("without") or [], 1)]
-        )
+        entries = enumerate(self.items("claims", data["claims"]), 1)
+        claims = self.unique("claims", [self.claim(i, entry) for i, entry in entries])
+        entries = enumerate(self.items("without", data.get("without")), 1)
+        without = self.unique("without", [self.without(i, entry, claims) for i, entry in entries])
         self.check_everything_breaks(claims, without)
         return Claims(
             name=name,
             title=str(data["title"]),
-            authors=tuple(data["authors"]),
-            year=int(data["year"]),
+            authors=tuple(self.items("top level: authors", data["authors"])),
+            year=data["year"],
             url=data.get("url") or f"https://arxiv.org/abs/{data['arxiv']}",
-            data={scale: tuple(data["data"][scale]) for scale in SCALES},
+            data={scale: tuple(self.items(f"data: {scale}", data["data"][scale])) for scale in SCALES},
             claims=claims,
             without=without,
         )
@@ -274,7 +282,7 @@ class _Reader:
     def without(self, number: int, data: object, claims: dict[str, Claim]) -> Without:
         entry = f"without {data['id'] if isinstance(data, dict) and 'id' in data else number}"
         data = self.check_keys(entry, data, {"id", "removes", "breaks"}, {"breaks_by"})
-        for id in data["breaks"]:
+        for id in self.items(f"{entry}: breaks", data["breaks"]):
             if id not in claims:
                 raise self.fail(entry, f"breaks {id}, which is not a claim")
         if data.get("breaks_by") not in (None, "divergence"):

@@ -16,14 +16,14 @@ CALIBRATION_SEEDS = range(100, 105)
 
 
 def collect(checkout: Checkout, folder: Path) -> list[str]:
-    """Take over every finished run below a folder, then write all pages anew.
+    """Take over every finished run below a folder, then write all pages anew. Left out are runs with other parameters
+    changed, and of notebooks that were edited since.
 
     Returns:
         A line for each thing done.
 
     Raises:
-        BadInput: if there is no finished run, one was made with other parameters changed, or the notebook was
-            edited since.
+        BadInput: if there is no finished run.
     """
     runs = [(path.parent, read_json(path)) for path in sorted(folder.glob("*/*/result.json"))]
     if not runs:
@@ -32,7 +32,11 @@ def collect(checkout: Checkout, folder: Path) -> list[str]:
     for run, result in sorted(runs, key=lambda pair: pair[1]["provenance"]["finished"]):
         if result["paper"] in checkout.names() and _is_current(checkout, run, result):
             newest[result["paper"], result["scale"], result["provenance"]["seed"]] = run, result
-    lines = []
+    published = {(name, scale) for name, scale, seed in newest if seed == _default_seed(checkout, name)}
+    lines = [
+        f"{name} {scale}: no run of the notebook as it stands, with its own parameters and seed"
+        for name, scale in sorted({(result["paper"], result["scale"]) for _, result in runs} - published)
+    ]
     for (name, scale, seed), (run, result) in newest.items():
         if seed == _default_seed(checkout, name):
             _take(checkout, name, scale, run, result)
@@ -86,7 +90,8 @@ def _take(checkout: Checkout, name: str, scale: str, run: Path, result: dict) ->
     write_json(paper / "results" / f"{scale}.json", result)
     figures = paper / "figures" / scale
     shutil.rmtree(figures, ignore_errors=True)
-    shutil.copytree(run / "figures", figures)
+    if (run / "figures").is_dir():
+        shutil.copytree(run / "figures", figures)
     if scale == "quick":
         notebooks.write(notebooks.normalise(_as_written(run)), checkout.notebook(name))
 
@@ -98,6 +103,8 @@ def _execute_guides(checkout: Checkout) -> list[Path]:
     guides = [path for path in sorted((checkout.root / "notebooks").glob("*.ipynb")) if path.stem not in checkout.index]
     for path in guides:
         notebook = notebooks.read(path)
-        nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
+        where = {"metadata": {"path": str(path.parent)}}
+        # The kernel's start-up warnings are about the machine, not about the notebook.
+        nbclient.NotebookClient(notebook, timeout=300, resources=where, extra_arguments=["--log-level=ERROR"]).execute()
         notebooks.write(notebooks.normalise(notebook), path)
     return guides

@@ -79,13 +79,10 @@ def _ran_to_its_end(folder: Path) -> bool:
 
 
 def _last_cell(folder: Path) -> dict:
-    """The last cell that was started. Papermill's own record of cells is wrong when a kernel dies."""
-    cells = [cell for cell in _code_cells(folder) if (cell.execution_count or cell.outputs) and not _is_banner(cell)]
+    """The last cell that was started. When a kernel dies, papermill's status of cells is wrong and the kernel may not
+    have told the cell's number any more; the time at which papermill sent the cell is always there."""
+    cells = [cell for cell in _code_cells(folder) if cell.metadata.get("papermill", {}).get("start_time")]
     return {"cell": len(cells), "source": cells[-1].source if cells else ""}
-
-
-def _is_banner(cell) -> bool:
-    return any(tag.startswith("papermill-error") for tag in cell.metadata.get("tags", []))
 
 
 def _die_with(parent: int) -> None:

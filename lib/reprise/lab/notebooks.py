@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -40,7 +41,7 @@ def parameters(notebook: nbformat.NotebookNode) -> dict[str, Parameter]:
         raise BadInput(f"the parameters cell lacks {', '.join(sorted(missing))}")
     committed = notebook.metadata.get("reprise", {}).get("parameters", {})
     return {
-        name: Parameter(name, parameter.annotation, committed.get(name, parameter.default))
+        name: dataclasses.replace(parameter, default=committed.get(name, parameter.default))
         for name, parameter in declared.items()
     }
 
@@ -96,7 +97,7 @@ def run_hash(notebook: nbformat.NotebookNode, changed: dict[str, object], device
 def _imported(found: dict[str, str], sources: list[str], package: str = "") -> dict[str, str]:
     """Every module of the library that the sources import, directly or not: {dotted name: source}."""
     for source in sources:
-        for node in ast.walk(ast.parse(source)):
+        for node in ast.walk(_parse(source)):
             names = []
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
@@ -122,9 +123,16 @@ def _add_module(found: dict[str, str], name: str) -> None:
         _imported(found, [found[name]], package)
 
 
+def _parse(source: str) -> ast.Module:
+    try:
+        return ast.parse(source)
+    except SyntaxError:  # the cell will say so when it is run
+        return ast.Module([ast.Expr(ast.Constant(source.encode()))], [])
+
+
 def _code_only(source: str) -> str:
     """Source without comments, docstrings and layout."""
-    tree = ast.parse(source)
+    tree = _parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):

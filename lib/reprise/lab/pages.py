@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from .checkout import Checkout
-from .claims import SCALES, show
+from .claims import NOT_MEASURED, SCALES, Measurement, show
 from .errors import BadInput
 from .report import minutes, outcome_on_record, record
 from .results import Outcome
@@ -63,15 +63,16 @@ def _content(checkout: Checkout, page: Path, name: str) -> str:
         return _index_table(checkout)
     if name == "results":
         return _results(checkout, page.parent.name)
-    paper, scale, claim, *without = name.split(".")
+    paper, scale, claim, without, *more = [*name.split("."), "", "", ""]
+    claims = checkout.claims(paper) if paper in checkout.names() else None
+    known = claims and scale in SCALES and claim in claims.claims and not any(more)
+    if not known or (without and without not in claims.without):
+        raise BadInput(f"{page.name}: the marker {name} is neither papers, index, results nor paper.scale.claim")
     outcome = outcome_on_record(checkout, paper, scale)
     if outcome is None:
-        return "not measured yet"
-    try:
-        values = outcome.without[without[0]] if without else outcome.measurements
-        return str(values[claim])
-    except KeyError:
-        raise BadInput(f"{page.name} asks for {name}, which is not on record") from None
+        return NOT_MEASURED
+    values = outcome.without.get(without, {}) if without else outcome.measurements
+    return str(values.get(claim, NOT_MEASURED))
 
 
 def papers_table(checkout: Checkout, to_root: str = "") -> str:
@@ -103,7 +104,7 @@ def _results(checkout: Checkout, name: str) -> str:
     for scale in SCALES:
         outcome = outcome_on_record(checkout, name, scale)
         parts.append(f"### {scale.capitalize()}\n")
-        parts.append(_scale_table(outcome, record(checkout, name, scale)) if outcome else "not measured yet\n")
+        parts.append(_scale_table(outcome, record(checkout, name, scale)) if outcome else f"{NOT_MEASURED}\n")
     missing = [c for c in checkout.claims(name).claims.values() if c.not_attempted]
     parts.append("### Not attempted\n\n" + "\n".join(f"- {c.text} ({c.where}): {c.not_attempted}" for c in missing))
     return "\n".join(parts)
@@ -113,15 +114,15 @@ def _scale_table(outcome: Outcome, result: dict) -> str:
     lines = ["| claim | where | the paper says | measured | holds when | verdict |", "|---|---|---|---|---|---|"]
     verdicts = outcome.verdicts()
     for claim in outcome.claims.at(outcome.scale):
-        range_, value = claim.ranges[outcome.scale], outcome.measurements[claim.id]
+        range_, value = claim.ranges[outcome.scale], outcome.measurements.get(claim.id, Measurement(None))
         seeds = f" ({', '.join(show(one) for one in value.per_seed)})" if value.per_seed else ""
         verdict = f"**{verdicts[claim.id]}**" + (f": {range_.why}" if range_.why else "")
         cells = (claim.text, claim.where, claim.paper, f"{value}{seeds}", range_.words, verdict)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     lines += ["", "| taken away | claim | measured then | |", "|---|---|---|---|"]
     for without, claim in outcome.claims.breaking(outcome.scale):
-        value = outcome.without[without.id][claim.id]
-        lines.append(f"| {without.removes} | {claim.id} | {value} | {ablation_words(without, claim, outcome)} |")
+        if value := outcome.without.get(without.id, {}).get(claim.id):
+            lines.append(f"| {without.removes} | {claim.id} | {value} | {ablation_words(without, claim, outcome)} |")
     facts = result["provenance"]
     packages = facts["packages"]
     lines += [

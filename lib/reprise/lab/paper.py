@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from reprise.checkpoints import require_ownership
-
 from . import notebooks, tables
 from .checkout import Checkout
 from .errors import BadInput
@@ -84,6 +82,8 @@ class Paper:
         """Print the verdict on every claim, without numbers, and hand the measurements to the runner."""
         self._require_all()
         if run := os.environ.get("REPRISE_RUN"):
+            from reprise.checkpoints import require_ownership  # brings torch, which `reprise list` can do without
+
             facts = provenance(str(self.device))
             record = {**self.outcome.as_json(), "timings": self.timings, "provenance": facts}
             require_ownership()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -25,17 +26,25 @@ _EVERYWHERE = {"scale": SCALES}
 
 @dataclass(frozen=True)
 class Parameter:
-    """One line ``name: type = default`` of the parameters cell."""
+    """One line ``name: type = written`` of the parameters cell. ``default`` is what was written when the notebook was
+    published, which differs where a reader has edited the cell since."""
 
     name: str
     annotation: str
     default: object
+    written: object
 
     @property
     def allowed(self) -> tuple:
         """The types and literal choices that the annotation allows, unions taken apart."""
-        meaning = eval(self.annotation, {"__builtins__": {}}, _NAMES)
-        parts = typing.get_args(meaning) if isinstance(meaning, types.UnionType) else (meaning,)
+        try:
+            meaning = eval(self.annotation, {"__builtins__": {}}, _NAMES)
+        except (NameError, TypeError):
+            raise BadInput(
+                f"parameter {self.name}: no type {self.annotation!r}; there are {', '.join(_NAMES)}"
+            ) from None
+        union = typing.get_origin(meaning) in (types.UnionType, typing.Union)  # the latter where a Literal is part
+        parts = typing.get_args(meaning) if union else (meaning,)
         flat = []
         for part in parts:
             flat += typing.get_args(part) if typing.get_origin(part) is typing.Literal else [part]
@@ -50,11 +59,11 @@ class Parameter:
         Raises:
             BadInput: if the text does not fit the type.
         """
+        if type(None) in self.allowed and text.lower() == "none":
+            return None
         for kind in self.allowed:
             if kind is bool and text.lower() in ("true", "false"):
                 return text.lower() == "true"
-            if kind is type(None) and text.lower() == "none":
-                return None
             if kind in (int, float):
                 try:
                     return kind(text)
@@ -76,7 +85,7 @@ class Parameter:
         fits = type(value) in kinds
         fits = fits or (float in kinds and type(value) is int) or (Picture in kinds and isinstance(value, str))
         literals = [kind for kind in self.allowed if not isinstance(kind, type)]
-        if not fits and value not in literals:
+        if (not fits and value not in literals) or (type(value) is float and not math.isfinite(value)):
             raise self.fail(value, self.wanted())
         if self.name in _EVERYWHERE and value not in _EVERYWHERE[self.name]:
             raise self.fail(value, " or ".join(_EVERYWHERE[self.name]))
@@ -100,14 +109,20 @@ class Parameter:
 def parse_cell(source: str) -> dict[str, Parameter]:
     """The parameters that a cell declares; anything but annotated literals (and comments) is refused."""
     parameters = {}
-    for line in ast.parse(source).body:
+    try:
+        lines = ast.parse(source).body
+    except SyntaxError as error:
+        raise BadInput(f"the parameters cell is not Python: {error}") from None
+    for line in lines:
         if not isinstance(line, ast.AnnAssign) or not isinstance(line.target, ast.Name) or line.value is None:
             raise BadInput(f"the parameters cell may hold only `name: type = literal`, not: {ast.unparse(line)}")
         try:
             default = ast.literal_eval(line.value)
         except ValueError:
             raise BadInput(f"the default of parameter {line.target.id} is not a literal") from None
-        parameters[line.target.id] = Parameter(line.target.id, ast.unparse(line.annotation), default)
+        parameter = Parameter(line.target.id, ast.unparse(line.annotation), default, default)
+        parameter.check(default)
+        parameters[parameter.name] = parameter
     return parameters
 
 

@@ -53,7 +53,7 @@ def read_json(path: Path) -> dict | None:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, OSError) as error:
         raise BadInput(f"{path.name} in {path.parent.name} cannot be read ({error}); delete it to run again") from None

@@ -59,7 +59,7 @@ def plan(
         notebook = notebooks.read(checkout.notebook(name))
         declared = notebooks.parameters(notebook)
         given = parse_options(declared, options)
-        values = {key: given.get(key, parameter.default) for key, parameter in declared.items()}
+        values = {key: given.get(key, parameter.written) for key, parameter in declared.items()}
         values["scale"] = declared["scale"].check(scale)
         changed = {key: value for key, value in values.items() if value != declared[key].default}
         claims = checkout.claims(name)
@@ -194,9 +194,15 @@ def _conclude(job: Job) -> None:
         return
     job.failure = read_json(job.folder / "failure.json")
     if job.failure is None:
-        log = (job.folder / "run.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        last = log[-1] if log else f"exit status {job.process.returncode}"
-        job.failure = {"kind": "runner death", "error": last, "cell": 0, "source": "", "traceback": []}
+        job.failure = {"kind": "runner death", "error": _last_words(job), "cell": 0, "source": "", "traceback": []}
+
+
+def _last_words(job: Job) -> str:
+    status = job.process.returncode
+    if status < 0:  # whatever it wrote last has nothing to do with its end
+        return f"killed by signal {-status}"
+    log = (job.folder / "run.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return log[-1] if log else f"exit status {status}"
 
 
 def _stop(job: Job) -> None:
@@ -211,13 +217,13 @@ def _stop(job: Job) -> None:
 def failure_words(job: Job) -> str:
     """What went wrong, in one line."""
     failure = job.failure
-    where = f"cell {failure['cell']}"
+    where, first_line = f"cell {failure['cell']}", failure["error"].partition("\n")[0]
     return {
-        "error": f"{where} raised {failure['error']}",
+        "error": f"{where} raised {first_line}",
         "kernel death": f"the kernel died in {where}: killed from outside, or out of memory",
         "exit": f"{where} ended the notebook early (sys.exit?)",
         "time-out": f"{where} took longer than allowed",
-        "runner death": f"the process that ran it died: {failure['error']}",
+        "runner death": f"the process that ran it died: {first_line}",
     }[failure["kind"]]
 
 

@@ -1,0 +1,165 @@
+"""What ``reprise collect`` brings home: results, figures, the executed notebook as it is committed, filled-in pages."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from click.testing import CliRunner
+
+from reprise.lab import notebooks
+from reprise.lab.checkout import Checkout
+from reprise.lab.cli import main
+from reprise.lab.errors import BadInput
+from reprise.lab.pages import regenerated, write_pages
+
+README = """# The page
+
+One value: <!-- tiny.quick.wins -->–<!-- /tiny.quick.wins -->, one without:
+<!-- tiny.quick.learns.no-steps -->–<!-- /tiny.quick.learns.no-steps -->, one to come:
+<!-- tiny.full.wins -->stale<!-- /tiny.full.wins -->.
+
+<!-- papers -->
+stale
+<!-- /papers -->
+
+The author's own words stay.
+"""
+PAGE = "# Tiny\n\n<!-- results -->\n<!-- /results -->\n\nThe end.\n"
+INDEX = "<!-- index -->\n<!-- /index -->\n"
+GUIDE = "from reprise.lab import course\n\ncourse()"
+
+
+@pytest.fixture
+def collected(after_run, monkeypatch) -> Path:
+    monkeypatch.chdir(after_run)
+    (after_run / "README.md").write_text(README, encoding="utf-8")
+    (after_run / "papers" / "README.md").write_text(INDEX, encoding="utf-8")
+    (after_run / "papers" / "tiny" / "README.md").write_text(PAGE, encoding="utf-8")
+    told = CliRunner().invoke(main, ["collect", "runs"])
+    assert told.exit_code == 0, told.output
+    return after_run
+
+
+def content(checkout: Path) -> dict[Path, bytes]:
+    """Every file that collect may write."""
+    return {path: path.read_bytes() for path in checkout.rglob("*") if path.is_file() and "runs" not in path.parts}
+
+
+def test_results_and_figures_come_as_they_are(collected):
+    (run,) = (collected / "runs" / "quick").glob("tiny-*")
+    paper = collected / "papers" / "tiny"
+    assert (paper / "results" / "quick.json").read_bytes() == (run / "result.json").read_bytes()
+    for name in ("loss.png", "loss.json"):
+        assert (paper / "figures" / "quick" / name).read_bytes() == (run / "figures" / name).read_bytes()
+
+
+def test_the_notebook_is_normalised(collected, repository):
+    path = collected / "notebooks" / "tiny.ipynb"
+    text, notebook = path.read_text(encoding="utf-8"), nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    fixture = nbformat.read(repository / "tests" / "fixtures" / "tiny" / "notebooks" / "tiny.ipynb", as_version=4)
+    assert [cell.source for cell in notebook.cells] == [cell.source for cell in fixture.cells]
+    assert [cell.id for cell in notebook.cells] == [cell.id for cell in fixture.cells]
+    assert notebook.metadata.reprise.code_sha256 == notebooks.edit_hash(fixture)
+    assert notebook.metadata.reprise.parameters == {"scale": "quick", "seed": 0, "device": "auto", "steps": None}
+    assert set(notebook.metadata) == {"kernelspec", "language_info", "reprise"}
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert all(set(cell.metadata) <= {"tags"} for cell in notebook.cells)
+    assert "papermill" not in text
+    assert "injected-parameters" not in text
+    assert not re.search(r"\d\d:\d\d:\d\d", text), "a time of day"
+    assert str(collected) not in text
+    assert str(Path.home()) not in text
+    pictures = [output for cell in code for output in cell.outputs if "image/png" in output.get("data", {})]
+    assert [output.metadata["image/png"]["alt"][:14] for output in pictures] == ["The loss falls"]
+
+
+def test_collecting_twice_changes_nothing(collected):
+    before = content(collected)
+    told = CliRunner().invoke(main, ["collect", "runs"])
+    assert told.exit_code == 0, told.output
+    assert "written" not in told.stdout
+    assert content(collected) == before
+
+
+def test_a_collected_notebook_finds_its_finished_run(collected):
+    told = CliRunner().invoke(main, ["run", "tiny"])
+    assert told.exit_code == 0, told.output
+    assert "finished earlier" in told.stderr
+
+
+def test_markers_are_filled_and_the_rest_is_left_alone(collected):
+    result = json.loads((collected / "papers" / "tiny" / "results" / "quick.json").read_text(encoding="utf-8"))
+    readme = (collected / "README.md").read_text(encoding="utf-8")
+    accuracy = f"{result['measurements']['wins']['value']:.3g}"
+    unlearned = f"{result['without']['no-steps']['learns']['value']:.3g}"
+    assert f"One value: <!-- tiny.quick.wins -->{accuracy}<!-- /tiny.quick.wins -->" in readme
+    assert f"<!-- tiny.quick.learns.no-steps -->{unlearned}<!-- " in readme
+    assert "<!-- tiny.full.wins -->not measured yet<!-- " in readme
+    assert "| [A Tiny Paper](notebooks/tiny.ipynb) (2000) | [2 of 3 hold](papers/tiny/README.md) | not mea" in readme
+    assert "stale" not in readme
+    assert readme.endswith("\n\nThe author's own words stay.\n")
+    page = (collected / "papers" / "tiny" / "README.md").read_text(encoding="utf-8")
+    assert f"| {accuracy} | at least 0.999 | **does not hold here**: some digits cannot be told apart" in page
+    assert "| the learning rate | learns | " in page
+    assert "- It works on everything. (Table 2): there is too much of it" in page
+    assert page.endswith("\n\nThe end.\n")
+    index = (collected / "papers" / "README.md").read_text(encoding="utf-8")
+    assert "| 2 | A Planned Paper, Nobody ([source](https://example.org)) | 2001 | planned |" in index
+
+
+@pytest.mark.parametrize("marker", ["contents", "tiny.quick", "tiny.quick.winns", "tiny.ful.wins", "tinny.quick.wins"])
+def test_a_marker_that_means_nothing_is_named(collected, marker):
+    page = collected / "README.md"
+    page.write_text(f"<!-- {marker} -->x<!-- /{marker} -->", encoding="utf-8")
+    with pytest.raises(BadInput) as caught:
+        regenerated(Checkout(collected), page)
+    assert marker.split(".")[0] in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_claim_added_after_the_record_is_not_measured_yet(collected):
+    claims = collected / "papers" / "tiny" / "claims.yaml"
+    entry = "  - {id: new, kind: exact, where: here, claim: A new one., records: x, quick: *exact, full: *exact}\n"
+    claims.write_text(claims.read_text(encoding="utf-8").replace("without:\n", entry + "without:\n"), encoding="utf-8")
+    write_pages(Checkout(collected))
+    page = (collected / "papers" / "tiny" / "README.md").read_text(encoding="utf-8")
+    assert re.search(r"\| A new one. \| here \|  \| – \| at most 1e-12 \| \*\*not measured yet\*\* \|", page)
+    assert "2 of 4 hold" in (collected / "README.md").read_text(encoding="utf-8")
+    told = CliRunner().invoke(main, ["run", "tiny"])
+    assert told.exit_code == 2
+    assert "claims.yaml asks for new, which " in told.stderr
+
+
+def test_an_edited_notebook_is_not_overwritten(after_run, monkeypatch):
+    monkeypatch.chdir(after_run)
+    path = after_run / "notebooks" / "tiny.ipynb"
+    edited = path.read_text(encoding="utf-8").replace("The loss falls", "The loss drops")
+    path.write_text(edited, encoding="utf-8")
+    told = CliRunner().invoke(main, ["collect", "runs"])
+    assert told.exit_code == 0, told.output
+    assert path.read_text(encoding="utf-8") == edited
+    assert not (after_run / "papers" / "tiny" / "results").exists()
+    assert re.search(r"^tiny quick: no run of the notebook as it stands", told.stdout, re.MULTILINE)
+
+
+def test_a_notebook_without_figures_and_a_guide(after_run, monkeypatch):
+    monkeypatch.chdir(after_run)
+    (run,) = (after_run / "runs" / "quick").glob("tiny-*")
+    for path in (run / "figures").iterdir():
+        path.unlink()
+    (run / "figures").rmdir()
+    cell = nbformat.v4.new_code_cell(GUIDE, id="guide")
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), after_run / "notebooks" / "guide.ipynb")
+    told = CliRunner().invoke(main, ["collect", "runs"])
+    assert told.exit_code == 0, told.output
+    assert not (after_run / "papers" / "tiny" / "figures").exists()
+    guide = nbformat.read(after_run / "notebooks" / "guide.ipynb", as_version=4)
+    assert "2 of 3 hold" in guide.cells[0].outputs[0].data["text/markdown"]
+    assert guide.metadata.reprise.code_sha256 == notebooks.edit_hash(guide)
+    assert guide.cells[0].execution_count == 1
