@@ -32,7 +32,7 @@ def cases():
                 yield pytest.param(name, claim, spread, id=f"{name}-{claim.id}")
 
 
-@pytest.mark.parametrize(("name", "claim", "spread"), cases())
+@pytest.mark.parametrize(("name", "claim", "spread"), list(cases()))
 def test_range_is_within_three_deviations(name, claim, spread):
     values = list(spread["measurements"][claim.id].values())
     mean, deviation = statistics.mean(values), statistics.stdev(values)
@@ -46,7 +46,7 @@ def test_range_is_within_three_deviations(name, claim, spread):
     assert range_.high == math.inf or range_.high <= mean + slack, f"{range_.high} is too high for {measured}"
 
 
-@pytest.mark.parametrize(("name", "claim", "spread"), cases())
+@pytest.mark.parametrize(("name", "claim", "spread"), list(cases()))
 def test_range_leaves_out_the_value_without_the_trick(name, claim, spread):
     claims = CHECKOUT.claims(name)
     for without in claims.without.values():

@@ -78,26 +78,31 @@ def is_checked(step: int) -> bool:
 
 
 class Watch:
-    """Checks the declared layers of some models. ``watching(step)`` wraps one training step."""
+    """Checks the declared layers of some models at one step after another."""
 
     def __init__(self, models: list[nn.Module]):
         self.models = models
-        self.layers = {
-            f"{name or 'model'} ({type(layer).__name__})": layer
+        # Pairs, since layers of two models may have the same name.
+        self.layers = [
+            (f"{name or 'model'} ({type(layer).__name__})", layer)
             for model in models
             for name, layer in model.named_modules()
             if hasattr(layer, "_declared")
-        }
+        ]
+        self._handles: list = []
 
-    def before(self, step: int) -> list:
-        """Attach to the declared layers, so that this step's forward pass is seen. Returns handles."""
-        return [layer.register_forward_hook(self._checker(name, step)) for name, layer in self.layers.items()]
+    def attach(self, step: int) -> None:
+        """Have this step's forward pass seen."""
+        self._handles = [layer.register_forward_hook(self._checker(name, step)) for name, layer in self.layers]
 
-    def after(self, step: int, handles: list) -> None:
-        """Detach, and check what only the end of a step shows: gradients, and parameters that are numbers."""
-        for handle in handles:
+    def detach(self) -> None:
+        for handle in self._handles:
             handle.remove()
-        for name, layer in self.layers.items():
+        self._handles = []
+
+    def check(self, step: int) -> None:
+        """Check what only the end of a step shows: gradients, and parameters that are numbers."""
+        for name, layer in self.layers:
             gradients = [p.grad.norm() for p in layer.parameters() if p.grad is not None]
             if "gradient" in layer._declared and gradients:
                 _require(name, step, "gradient", torch.stack(gradients).norm(), layer._declared["gradient"])

@@ -60,7 +60,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # there, and able to compute
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} cannot be used here ({reason}); choose auto or cpu") from None
@@ -145,12 +145,16 @@ class Training:
         try:
             for step in range(first, self.steps):
                 self.step = step
-                handles = watch.before(step) if is_checked(step) else None
+                checked = is_checked(step)
+                if checked:
+                    watch.attach(step)
                 yield step
-                if step % self._FETCH_EVERY == 0 or step == self.steps - 1:
+                # Before the parameters are looked at: a loss that is not finite is at fault for theirs.
+                if checked or step % self._FETCH_EVERY == 0 or step == self.steps - 1:
                     shown.values(self._fetch())
-                if handles is not None:
-                    watch.after(step, handles)
+                if checked:
+                    watch.detach()
+                    watch.check(step)
                 shown.advance(step + 1)
                 if checkpoint is not None and self._is_due(step, saved, started):
                     self._save(checkpoint)
@@ -160,6 +164,7 @@ class Training:
             if not self.may_diverge:
                 raise
         finally:
+            watch.detach()
             shown.close()
             # What comes next must not depend on how many random numbers this training used.
             seed_everything(self.seed, self.name, "after")
@@ -220,7 +225,8 @@ class Training:
             steps, values = self._curves[name]
             known = len(values)
             if pending:
-                values += torch.stack([torch.as_tensor(value) for value in pending]).cpu().double().tolist()
+                numbers = (x if isinstance(x, Tensor) else torch.as_tensor(x, dtype=torch.float64) for x in pending)
+                values += torch.stack(list(numbers)).cpu().double().tolist()
             pending.clear()
             if name == "loss":
                 first_bad = next((i for i in range(known, len(values)) if not math.isfinite(values[i])), None)

@@ -1,0 +1,209 @@
+"""Named datasets: shapes, ranges, splits, what is said of them, and what is recorded when they are loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from reprise import data
+from reprise.data import DataError, describe, descriptions, files, load
+from reprise.data.letters import FAMILIES, letters
+
+CLASSES = {"digits": 10, "letters": 26, "faces_small": 2, "mnist": 10, "fashion_mnist": 10, "cifar10_subset": 10}
+SIZES = {
+    "digits": (1, 8, 8),
+    "letters": (1, 24, 24),
+    "faces_small": (1, 25, 25),
+    "mnist": (1, 28, 28),
+    "fashion_mnist": (1, 28, 28),
+    "cifar10_subset": (3, 32, 32),
+}
+BUNDLED = [name for name, facts in descriptions().items() if "in" in facts]
+LABELLED = [pytest.param(name, marks=[] if name in BUNDLED else pytest.mark.mirror) for name in CLASSES]
+
+
+def rows(images: torch.Tensor) -> list[bytes]:
+    return [hashlib.sha256(image.numpy().tobytes()).digest() for image in images]
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_labelled_images(name):
+    if "files" in describe(name) and not data.at_hand(name):
+        pytest.skip(f"the mirror has no {name}")
+    splits = describe(name)["splits"]
+    parts = {split: load(name, split) for split in splits}
+    for split, part in parts.items():
+        assert part.images.shape == (splits[split], *SIZES[name])
+        assert (part.images.dtype, part.labels.dtype) == (torch.float32, torch.int64)
+        assert part.images.min() >= 0
+        assert part.images.max() <= 1
+        assert part.images.max() > 0.9, "not the whole range is used: scaled twice?"
+        assert part.labels.shape == (splits[split],)
+        assert set(part.labels.tolist()) == set(range(CLASSES[name]))
+        # No class is so rare that a split says nothing of it.
+        assert part.labels.bincount().min() > 0.3 * splits[split] / CLASSES[name]
+    whole = load(name)
+    assert sorted(rows(whole.images)) == sorted(row for part in parts.values() for row in rows(part.images))
+    joined = load(name, "train+valid")
+    assert torch.equal(joined.images, torch.cat([parts["train"].images, parts["valid"].images]))
+    assert torch.equal(joined.labels, torch.cat([parts["train"].labels, parts["valid"].labels]))
+
+
+@pytest.mark.parametrize(("name", "share"), [("digits", 0), ("letters", 0.01)])
+def test_splits_have_no_picture_in_common(name, share):
+    """But for the rare chance that a letter is turned and shifted alike twice."""
+    train, test = (set(rows(load(name, split).images)) for split in ("train", "test"))
+    assert len(train & test) <= share * len(test)
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_loading_again_gives_the_same(name):
+    first, second = load(name), load(name)
+    first, second = (list(part.values()) if isinstance(part, dict) else list(part) for part in (first, second))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_another_process_loads_the_same():
+    program = (
+        "from reprise import data; data.load('digits', 'train'); data.load('letters', 'valid'); print(data.loaded)"
+    )
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    load("digits", "train"), load("letters", "valid")
+    assert eval(told) == {name: data.loaded[name] for name in ("digits/train", "letters/valid")}
+
+
+def test_generators_are_left_alone():
+    state = torch.get_rng_state()
+    letters.__globals__["_render"].cache_clear()
+    load("digits", "train"), load("letters", "test")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_checksums_are_recorded(monkeypatch):
+    monkeypatch.setattr(data, "loaded", {})
+    load("digits", "train"), load("digits", "test"), load("photos")
+    assert list(data.loaded) == ["digits/train", "digits/test", "photos/all"]
+    assert all(len(checksum) == 64 for checksum in data.loaded.values())
+    assert len(set(data.loaded.values())) == 3
+
+
+def test_photos():
+    pictures = load("photos")
+    assert sorted(pictures) == ["astronaut", "cat", "china", "coffee", "flower", "rocket"]
+    for picture in pictures.values():
+        assert picture.shape[:2] == (1, 3)
+        assert min(picture.shape[2:]) >= 300
+        assert picture.dtype == torch.float32
+        assert 0 <= picture.min() < 0.1
+        assert 0.9 < picture.max() <= 1
+
+
+def test_stereo_disparities_lead_from_one_view_to_the_other():
+    left, right, disparity = load("stereo")
+    assert left.shape == right.shape == (1, 3, 500, 741)
+    assert disparity.shape == (1, 1, 500, 741)
+    known = disparity.isfinite()
+    assert 0.9 < known.float().mean() < 1
+    assert disparity[known].min() > 5
+    row, column = known[0, 0].nonzero(as_tuple=True)
+    moved = (column - disparity[0, 0, row, column].round().long()).clamp(min=0)
+
+    def difference(columns: torch.Tensor) -> float:
+        return (left[0, :, row, column] - right[0, :, row, columns]).abs().mean().item()
+
+    assert difference(moved) < 0.5 * difference(column)
+
+
+def test_faces_look_alike_and_the_rest_does_not():
+    faces = load("faces_small")
+    spread = [faces.images[faces.labels == label].std(0).mean() for label in (0, 1)]
+    assert spread[1] < 0.8 * spread[0]
+
+
+def test_letters_are_what_their_attributes_say():
+    everything = load("letters")
+    assert len(FAMILIES) == 4
+    ink = everything.images.mean((1, 2, 3))
+    across = torch.arange(24.0) - 11.5
+    mass = everything.images[:, 0]
+    # Upper half further to the right than the lower: negative slope of the centre of ink over the rows.
+    centre = (mass * across).sum(2) / mass.sum(2).clamp(min=1e-6)
+    lean = centre[:, 6:12].mean(1) - centre[:, 12:18].mean(1)
+    for family in range(4):
+        mine = everything.family == family
+        bold, regular = ink[mine & (everything.bold == 1)].mean(), ink[mine & (everything.bold == 0)].mean()
+        assert bold > 1.15 * regular
+        italic, upright = lean[mine & (everything.italic == 1)].mean(), lean[mine & (everything.italic == 0)].mean()
+        assert italic > upright + 0.5
+    # Of each letter there are as many pictures, in each font as well.
+    assert set(everything.labels.bincount().tolist()) == {320}
+    fonts = everything.family * 4 + everything.bold * 2 + everything.italic
+    assert set(fonts.bincount().tolist()) == {520}
+    # Nothing is cut off at the border.
+    border = torch.cat([mass[:, 0], mass[:, -1], mass[:, :, 0], mass[:, :, -1]], 1)
+    assert (border.amax(1) > 0.5).float().mean() < 0.01
+    assert ink[everything.labels == ord("M") - 65].mean() > 1.3 * ink[everything.labels == ord("I") - 65].mean()
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "said"),
+    [
+        ("digist", "train", "no dataset 'digist'; there are digits, photos"),
+        ("digits", "trian", "no split 'trian'; there are train, valid, test, joined by"),
+        ("digits", "train+", "no split ''; there are train"),
+        ("digits", "train+train", "split train is named twice"),
+        ("letters", "test+all", "no split 'all'"),
+        ("photos", "train", "no split 'train': this dataset has none"),
+        ("stereo", "test", "no split 'test': this dataset has none"),
+    ],
+)
+def test_unknown_names_and_splits_are_refused(name, split, said):
+    with pytest.raises(ValueError, match=said):
+        load(name, split)
+    with pytest.raises(ValueError, match="no dataset 'digist'; there are digits"):
+        describe("digist")
+
+
+def test_datasets_yaml_says_everything():
+    for name, facts in descriptions().items():
+        assert {"title", "source", "licence", "size"} <= facts.keys(), name
+        assert ("in" in facts) != ("files" in facts), f"{name} is either in a package or a list of files"
+        assert facts.keys() <= {"title", "source", "licence", "size", "splits", "in", "files", "urls"}
+        assert all(len(file["sha256"]) == 64 for file in facts.get("files", {}).values())
+        assert name in data._LOADERS
+    assert data._LOADERS.keys() == descriptions().keys()
+
+
+@pytest.fixture
+def nowhere(tmp_path, monkeypatch):
+    """No data, no mirror, no network."""
+
+    def unreachable(url, timeout):
+        raise ConnectionError("unplugged")
+
+    monkeypatch.setenv("REPRISE_DATA", str(tmp_path / "data"))
+    monkeypatch.delenv("REPRISE_MIRROR", raising=False)
+    monkeypatch.setattr(files.urllib.request, "urlopen", unreachable)
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10_subset"])
+def test_nothing_takes_the_place_of_what_is_missing(nowhere, name):
+    assert not data.at_hand(name)
+    with pytest.raises(DataError, match=f"{name}: .*REPRISE_MIRROR") as caught:
+        load(name, "test")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_damaged_file_is_not_used(nowhere, monkeypatch):
+    for place in ("data", "mirror"):
+        (nowhere / place / "cifar10_subset").mkdir(parents=True)
+        (nowhere / place / "cifar10_subset" / "test_labels.npy").write_bytes(b"something else")
+    monkeypatch.setenv("REPRISE_MIRROR", str(nowhere / "mirror"))
+    with pytest.raises(DataError, match=r"data.cifar10_subset.test_labels\.npy is damaged.*mirror.cifar10_subset"):
+        files.obtain("cifar10_subset", "test_labels.npy")
