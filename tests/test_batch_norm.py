@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -14,14 +15,7 @@ import reprise.nn
 from reprise.functional import batch_norm
 
 SHAPES = [(7, 3), (2, 5), (4, 3, 6), (1, 2, 9), (5, 3, 4, 6), (2, 1, 1, 8), (1, 4, 3, 3), (64, 10, 2, 2)]
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-# Of half precision only the inputs, outputs and parameters are: both sides compute in float32, in another order.
-CLOSE = {
-    torch.float64: {"rtol": 1e-9, "atol": 1e-11},
-    torch.float32: {"rtol": 2e-4, "atol": 2e-5},
-    torch.bfloat16: {"rtol": 4e-2, "atol": 4e-2},
-    torch.float16: {"rtol": 5e-3, "atol": 5e-3},
-}
+CLOSE = {torch.float64: {"rtol": 1e-9, "atol": 1e-11}, torch.float32: {"rtol": 2e-4, "atol": 2e-5}}
 OPTIONS = [
     {"momentum": momentum, "affine": affine, "track_running_stats": track}
     for momentum, affine, track in itertools.product((0.1, None, 1.0, 0.0), (True, False), (True, False))
@@ -42,29 +36,31 @@ def pair(shape: tuple[int, ...], **options) -> tuple[nn.Module, nn.Module]:
     return ours, theirs
 
 
-def compare(ours: nn.Module, theirs: nn.Module, x: torch.Tensor, close: dict) -> None:
-    """Outputs, gradients of input and parameters, and buffers after a step on the same input."""
-    results = []
+def results(layer: nn.Module, x: torch.Tensor, slope: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Output, gradients of input and parameters, and buffers after a step."""
+    layer.zero_grad()
+    leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    y = layer(leaf)
+    y.backward(slope)
+    gradients = {f"{name}.grad": parameter.grad for name, parameter in layer.named_parameters()}
+    return {"y": y.detach(), "x.grad": leaf.grad, **gradients, **layer.state_dict()}
+
+
+def compare(ours: nn.Module, theirs: nn.Module, x: torch.Tensor) -> None:
     slope = torch.randn(x.shape, dtype=torch.float64).to(x)  # at a constant slope the input's gradient would be zero
-    for layer in (ours, theirs):
-        layer.zero_grad()
-        leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-        y = layer(leaf)
-        y.backward(slope)
-        gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
-        results.append({"y": y.detach(), "x.grad": leaf.grad, **gradients, **layer.state_dict()})
-    assert results[0].keys() == results[1].keys()
-    for name, expected in results[1].items():
-        torch.testing.assert_close(results[0][name], expected, **close, msg=lambda text, name=name: f"{name}: {text}")
+    actual, expected = results(ours, x, slope), results(theirs, x, slope)
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, **CLOSE[x.dtype], msg=lambda text, name=name: f"{name}: {text}")
 
 
 def steps(ours: nn.Module, theirs: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> None:
     ours, theirs = ours.to(device, dtype), theirs.to(device, dtype)
     for scale, offset in ((1, 0), (3, 10), (0.1, -2)):
         x = (scale * torch.randn(shape, dtype=torch.float64) + offset).to(device, dtype)
-        compare(ours, theirs, x, CLOSE[dtype])
+        compare(ours, theirs, x)
     ours.eval(), theirs.eval()
-    compare(ours, theirs, x, CLOSE[dtype])
+    compare(ours, theirs, x)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())))
@@ -79,28 +75,44 @@ def test_as_torch(shape, options):
         assert ours.running_mean is None
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(7, 3), (4, 3, 6), (5, 3, 4, 6)], ids=str)
-def test_every_precision(shape, dtype):
+def check_half(shape: tuple[int, ...], dtype: torch.dtype, parameters: torch.dtype, device: str = "cpu") -> None:
+    """Half precision differs from torch's by rounding; held against float64, ours is no less exact."""
     torch.manual_seed(0)
-    steps(*pair(shape), shape, dtype)
+    ours, theirs = (layer.to(device, parameters) for layer in pair(shape))
+    exact = copy.deepcopy(theirs).double()
+    x, slope = (torch.randn(shape).to(device, dtype) for _ in range(2))
+    references = results(exact, x.double(), slope.double())
+    actual, expected = results(ours, x, slope), results(theirs, x, slope)
+    for name, reference in references.items():
+        assert actual[name].dtype == expected[name].dtype, name
+        size, rounding = reference.abs().max(), torch.finfo(dtype).eps
+        error, allowed = ((tensors[name].double() - reference).abs().max() for tensors in (actual, expected))
+        assert error <= max(1.1 * allowed, rounding * size), name
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_inputs_with_whole_parameters(dtype):
+HALF = [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16), (torch.bfloat16, torch.float32)]
+
+
+@pytest.mark.parametrize(("dtype", "parameters"), HALF, ids=str)
+@pytest.mark.parametrize("shape", [(7, 3), (4, 3, 6), (5, 3, 4, 6), (64, 10, 2, 2)], ids=str)
+def test_half_precision(shape, dtype, parameters):
+    check_half(shape, dtype, parameters)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_single_precision(shape):
     torch.manual_seed(0)
-    ours, theirs = pair((8, 3, 4, 4))
-    x = torch.randn(8, 3, 4, 4).to(dtype)
-    assert ours(x).dtype == theirs(x).dtype == dtype
-    compare(ours, theirs, x, CLOSE[dtype])
+    steps(*pair(shape), shape, torch.float32)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_as_torch_on_a_gpu(shape, dtype):
-    torch.manual_seed(0)
-    steps(*pair(shape), shape, dtype, "cuda")
+def test_on_a_gpu(shape):
+    for dtype in CLOSE:
+        torch.manual_seed(0)
+        steps(*pair(shape), shape, dtype, "cuda")
+    for dtype, parameters in HALF:
+        check_half(shape, dtype, parameters, "cuda")
 
 
 LAYOUTS = {
@@ -117,7 +129,7 @@ def test_any_layout_in_memory(layout):
     x = LAYOUTS[layout]()
     assert not x.is_contiguous()
     ours, theirs = pair(x.shape)
-    compare(ours.double(), theirs.double(), x, CLOSE[torch.float64])
+    compare(ours.double(), theirs.double(), x)
 
 
 def test_statistics_switched_off_later():
@@ -131,7 +143,7 @@ def test_statistics_switched_off_later():
 
 def test_an_empty_batch():
     ours, theirs = pair((5, 3, 4, 4))
-    compare(ours, theirs, torch.zeros(0, 3, 4, 4), CLOSE[torch.float32])
+    compare(ours, theirs, torch.zeros(0, 3, 4, 4))
 
 
 def test_state_dicts_are_exchangeable():
@@ -179,24 +191,23 @@ def test_functional_arguments_are_torchs(function):
     torch.testing.assert_close(y, (x - torch.tensor([1.0, 10.0])) / torch.tensor([1.5, 100.5]).sqrt())
 
 
-REFUSED = [  # layer, shape, mode, whose error it is, what it shows
-    ("BatchNorm1d", (1, 3), "train", ValueError, r"one value per channel \(input of shape \(1, 3\)\)"),
-    ("BatchNorm2d", (1, 3, 1, 1), "train", ValueError, r"one value per channel \(input of shape \(1, 3, 1, 1\)\)"),
-    ("BatchNorm1d", (4, 2), "train", ValueError, r"BatchNorm1d\(3\) expects 3 channels .* shape \(4, 2\)"),
-    ("BatchNorm2d", (4, 5, 2, 2), "eval", ValueError, r"BatchNorm2d\(3\) expects 3 channels .* shape \(4, 5, 2, 2\)"),
-    ("BatchNorm1d", (4, 3, 2, 2), "train", ValueError, r"expected 2D or 3D input \(got 4D input\)"),
-    ("BatchNorm2d", (4, 3), "train", ValueError, r"expected 4D input \(got 2D input\)"),
+REFUSED = [  # layer, shape, mode, what the error shows
+    ("BatchNorm1d", (1, 3), "train", r"one value per channel \(input of shape \(1, 3\)\)"),
+    ("BatchNorm2d", (1, 3, 1, 1), "train", r"one value per channel \(input of shape \(1, 3, 1, 1\)\)"),
+    ("BatchNorm1d", (4, 2), "train", r"BatchNorm1d\(3\) expects 3 channels .* shape \(4, 2\)"),
+    ("BatchNorm2d", (4, 5, 2, 2), "eval", r"BatchNorm2d\(3\) expects 3 channels .* shape \(4, 5, 2, 2\)"),
+    ("BatchNorm1d", (4, 3, 2, 2), "train", r"expected 2D or 3D input \(got 4D input\)"),
+    ("BatchNorm2d", (4, 3), "train", r"expected 4D input \(got 2D input\)"),
 ]
 
 
-@pytest.mark.parametrize(("kind", "shape", "mode", "error", "shows"), REFUSED)
-def test_wrong_inputs_are_refused_with_their_shape(kind, shape, mode, error, shows):
+@pytest.mark.parametrize(("kind", "shape", "mode", "shows"), REFUSED)
+def test_wrong_inputs_are_refused_with_their_shape(kind, shape, mode, shows):
     layer = getattr(reprise.nn, kind)(3)
     getattr(layer, mode)()
-    before = {name: value.clone() for name, value in layer.state_dict().items()}
-    with pytest.raises(error, match=shows):
+    with pytest.raises(ValueError, match=shows):
         layer(torch.ones(shape))
-    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+    assert (layer.running_mean.tolist(), layer.running_var.tolist()) == ([0, 0, 0], [1, 1, 1])
     # Torch refuses the same inputs, with an error of its own.
     with pytest.raises((ValueError, RuntimeError)):
         getattr(getattr(nn, kind)(3), mode)()(torch.ones(shape))

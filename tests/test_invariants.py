@@ -174,6 +174,6 @@ def test_checks_cost_less_than_three_percent_of_a_step(monkeypatch):
         optimizer.step()
         log(loss)
     step = time.thread_time() - started - spent["hooks"] - spent["train"]
-    assert 0 < spent["hooks"]
+    assert spent["hooks"] > 0
     assert spent["invariants"] + spent["hooks"] < 0.03 * step
     assert spent["train"] + spent["hooks"] < 0.06 * step, "logging, progress and curves included"

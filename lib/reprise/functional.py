@@ -51,10 +51,10 @@ def batch_norm(
                 "use a larger batch, or eval()"
             )
         var, mean = torch.var_mean(x, others, correction=0, keepdim=True)
-        with torch.no_grad():
-            if running_mean is not None:
+        with torch.no_grad():  # an empty batch has no statistics to remember
+            if running_mean is not None and count:
                 running_mean.lerp_(mean.flatten().to(running_mean.dtype), momentum)
-            if running_var is not None:
+            if running_var is not None and count:
                 unbiased = var.flatten() * (count / (count - 1))
                 running_var.lerp_(unbiased.to(running_var.dtype), momentum)
     elif running_mean is None or running_var is None:

@@ -20,9 +20,8 @@ class _OurForward(nn.modules.batchnorm._BatchNorm):
                 f"{type(self).__name__}({self.num_features}) expects {self.num_features} channels in dimension 1, "
                 f"got an input of shape {tuple(input.shape)}"
             )
-        tracked = self.running_mean is not None
         momentum = 0.0 if self.momentum is None else self.momentum
-        if self.training and tracked:
+        if self.training and self.track_running_stats:
             self.num_batches_tracked.add_(1)
             if self.momentum is None:  # the plain average over all batches so far
                 momentum = 1.0 / float(self.num_batches_tracked)
@@ -32,7 +31,7 @@ class _OurForward(nn.modules.batchnorm._BatchNorm):
             self.running_var if not self.training or self.track_running_stats else None,
             self.weight,
             self.bias,
-            training=self.training or not tracked,
+            training=self.training or self.running_mean is None,
             momentum=momentum,
             eps=self.eps,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -25,17 +26,24 @@ class Stereo(NamedTuple):
 
 
 def choose(split: str, sizes: dict[str, int], seed: int = 0) -> Tensor:
-    """Indices of a split: a fixed random order of all examples, cut into pieces of the given sizes.
-
-    Raises:
-        ValueError: for a split that is not among them.
-    """
+    """Indices of a split: a fixed random order of all examples, cut into pieces of the given sizes."""
     order = torch.randperm(sum(sizes.values()), generator=torch.Generator().manual_seed(seed))
     pieces = dict(zip(sizes, order.split(list(sizes.values())), strict=True))
-    wanted = list(sizes) if split == "all" else split.split("+")
-    if unknown := [name for name in wanted if name not in pieces]:
-        raise ValueError(f"no split {unknown[0]!r}; there are {', '.join(pieces)}, joined by + or all")
-    return torch.cat([pieces[name] for name in wanted])
+    return torch.cat([pieces[name] for name in parse_split(split, sizes)])
+
+
+def parse_split(split: str, known: Collection[str]) -> list[str]:
+    """The splits meant by names joined by ``+``, or by ``all``.
+
+    Raises:
+        ValueError: for a split that is not among the known ones, or is named twice.
+    """
+    wanted = list(known) if split == "all" else split.split("+")
+    if unknown := [name for name in wanted if name not in known]:
+        raise ValueError(f"no split {unknown[0]!r}; there are {', '.join(known)}, joined by + or all")
+    if twice := [name for name in wanted if wanted.count(name) > 1]:
+        raise ValueError(f"split {twice[0]} is named twice in {split!r}")
+    return wanted
 
 
 def only_all(split: str) -> None:

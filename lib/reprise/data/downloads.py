@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .bundled import Labelled
+from .bundled import Labelled, parse_split
 from .files import obtain, obtain_all
 
 _VALID = 10_000  # held out of the training images of mnist and fashion_mnist, as is usual
@@ -77,10 +77,8 @@ def cifar10_subset(split: str) -> Labelled:
 
 
 def _joined(pieces: dict[str, tuple[Tensor, Tensor]], split: str) -> Labelled:
-    wanted = list(pieces) if split == "all" else split.split("+")
-    if unknown := [name for name in wanted if name not in pieces]:
-        raise ValueError(f"no split {unknown[0]!r}; there are {', '.join(pieces)}, joined by + or all")
-    return Labelled(*(torch.cat(fields) for fields in zip(*(pieces[name] for name in wanted), strict=True)))
+    wanted = [pieces[name] for name in parse_split(split, pieces)]
+    return Labelled(*(torch.cat(fields) for fields in zip(*wanted, strict=True)))
 
 
 def _idx(path) -> Tensor:
