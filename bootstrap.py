@@ -7,6 +7,7 @@ builds are much smaller); torch and torchvision then come from there as a pair.
 
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -21,6 +22,8 @@ PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 STAMP = VENV / "reprise-setup.txt"
 # The Python to build on: not .venv's own, should this run inside it, since .venv may be made anew.
 BASE = getattr(sys, "_base_executable", None) or sys.executable
+# No question about news when Lab opens for the first time.
+LAB_SETTINGS = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}
 
 
 def stop(message: str) -> None:
@@ -39,6 +42,7 @@ def run(*command: object) -> int:
     }
     # A notebook or test started from here must not think that it is part of a run.
     environment.pop("REPRISE_RUN", None)
+    environment.pop("PYTEST_VERSION", None)
     return subprocess.run([str(part) for part in command], cwd=ROOT, env=environment).returncode
 
 
@@ -64,10 +68,10 @@ def setup() -> int:
         stop("could not make .venv; the lines above say why")
     install = [uv, "pip", "install", "--quiet", "--python", PYTHON] if uv else [PYTHON, "-m", "pip", "install", "-qq"]
     constrained = ["--constraint", ROOT / "constraints.txt"]
-    if index := os.environ.get("TORCH_INDEX"):
-        # Both from there, or they do not fit each other: torchvision is built against one build of torch.
-        if run(*install, *constrained, "--index-url", index, "torch", "torchvision"):
-            stop(f"torch and torchvision could not be installed from TORCH_INDEX={index}")
+    # Both from there, or they do not fit each other: torchvision is built against one build of torch.
+    index = os.environ.get("TORCH_INDEX")
+    if index and run(*install, *constrained, "--index-url", index, "torch", "torchvision"):
+        stop(f"torch and torchvision could not be installed from TORCH_INDEX={index}")
     if run(*install, *constrained, "--editable", f"{ROOT}[dev]"):
         stop("the packages could not be installed; the lines above say which and why. Run the same command again")
     STAMP.write_text(wanted(), "utf-8")
@@ -98,7 +102,13 @@ def gpu() -> int:
 
 def lab() -> int:
     """Open JupyterLab at the start."""
-    return run(PYTHON, "-m", "jupyter", "lab", ROOT / "notebooks" / "start_here.ipynb")
+    settings = VENV / "share" / "jupyter" / "lab" / "settings" / "overrides.json"
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    settings.write_text(json.dumps(LAB_SETTINGS), "utf-8")
+    root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+    first = ROOT / "notebooks" / "start_here.ipynb"
+    # The module, not the command `jupyter lab`, which starts whichever Lab is first on the path.
+    return run(PYTHON, "-m", "jupyterlab", f"--ServerApp.root_dir={ROOT}", *root, first)
 
 
 def publish() -> int:
@@ -110,7 +120,7 @@ TARGETS = {f.__name__: f for f in (setup, reproduce, test, bench, gpu, lab, publ
 
 
 def main() -> int:
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 (whoever has an older one reads this line)
         stop(f"Python 3.11 or later is needed, this is {sys.version.split()[0]}")
     if len(sys.argv) != 2 or sys.argv[1] not in TARGETS:
         stop(f"choose one of {', '.join(TARGETS)}")

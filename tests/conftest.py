@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from filelock import FileLock
 
 FIXTURE = Path(__file__).parent / "fixtures" / "tiny"
 
@@ -73,14 +75,22 @@ class Finished(NamedTuple):
     """A checkout in which ``reprise run tiny`` came to its end, and what it said."""
 
     checkout: Path
-    told: subprocess.CompletedProcess
+    status: int
+    stdout: str
+    stderr: str
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, copy_tiny, reprise) -> Finished:
-    """Run once for all tests of a worker, which look at it or change a copy."""
-    checkout = copy_tiny(tmp_path_factory.mktemp("finished") / "tiny")
-    return Finished(checkout, reprise(checkout, "run", "tiny"))
+    """Run once for all tests of all workers, which look at it or change a copy."""
+    place = tmp_path_factory.getbasetemp()
+    place = place.parent if "PYTEST_XDIST_WORKER" in os.environ else place
+    checkout, record = place / "finished" / "tiny", place / "finished.json"
+    with FileLock(place / "finished.lock"):
+        if not record.exists():
+            told = reprise(copy_tiny(checkout), "run", "tiny")
+            record.write_text(json.dumps([told.returncode, told.stdout, told.stderr]), encoding="utf-8")
+    return Finished(checkout, *json.loads(record.read_text(encoding="utf-8")))
 
 
 @pytest.fixture

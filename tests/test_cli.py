@@ -92,13 +92,13 @@ def judged_run(checkout: Path) -> Path:
 
 
 def test_a_good_run_prints_its_table(finished):
-    assert finished.told.returncode == 0, finished.told.stderr
-    rows = {line.split("  ")[0]: line for line in finished.told.stdout.splitlines() if line.strip()}
+    assert finished.status == 0, finished.stderr
+    rows = {line.split("  ")[0]: line for line in finished.stdout.splitlines() if line.strip()}
     assert re.search(r"at most 1e-12 +holds$", rows["sums"])
     assert re.search(r"at least 0.999 +does not hold here$", rows["wins"])
-    assert re.search(r"learns without no-steps +0\.9\d+ +breaks, as it should", finished.told.stdout)
-    assert "✓ tiny: " in finished.told.stderr
-    assert str(judged_run(finished.checkout)) in finished.told.stdout
+    assert re.search(r"learns without no-steps +0\.9\d+ +breaks, as it should", finished.stdout)
+    assert "✓ tiny: " in finished.stderr
+    assert str(judged_run(finished.checkout)) in finished.stdout
 
 
 def test_result_json_is_what_the_design_says(finished):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -39,6 +40,8 @@ STYLE = {
 
 
 mpl.rcParams.update(STYLE)
+# On a new machine matplotlib makes a list of fonts, and warns in red if that takes a while.
+logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
 
 
 def show_images(axes, images, columns: int, gap: int = 1) -> None:

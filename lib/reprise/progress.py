@@ -35,7 +35,9 @@ class Bar(Silent):
             from tqdm.notebook import tqdm
         else:
             from tqdm import tqdm
-        self.bar = tqdm(total=steps, desc=name, unit="step", leave=notebook)
+        # Steps per second are left out: beside them the bar of a notebook would shrink to nothing.
+        layout = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        self.bar = tqdm(total=steps, desc=name, unit="step", leave=notebook, bar_format=layout)
 
     def advance(self, done: int) -> None:
         self.bar.update(done - self.bar.n)
@@ -105,7 +107,7 @@ def display(name: str, steps: int) -> Silent:
 def sweep(name: str, items: Iterable) -> Iterator:
     """Iterate over the settings of many short trainings (``train(..., quiet=True)``) under one bar."""
     items = list(items)
-    shown = display(name, len(items))
+    shown = display(name, len(items)) if items else Silent(name, 0)
     try:
         for done, item in enumerate(items, 1):
             yield item
