@@ -102,6 +102,7 @@ def test_markers_are_filled_and_the_rest_is_left_alone(collected):
     assert f"<!-- tiny.quick.learns.no-steps -->{unlearned}<!-- " in readme
     assert "<!-- tiny.full.wins -->not measured yet<!-- " in readme
     assert "| [A Tiny Paper](notebooks/tiny.ipynb) (2000) | [2 of 3 hold](papers/tiny/README.md) | not mea" in readme
+    assert "<!-- papers -->\n| paper |" in readme, "a table needs lines of its own"
     assert "stale" not in readme
     assert readme.endswith("\n\nThe author's own words stay.\n")
     page = (collected / "papers" / "tiny" / "README.md").read_text(encoding="utf-8")

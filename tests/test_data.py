@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import subprocess
 import sys
 
@@ -133,12 +134,13 @@ def test_letters_are_what_their_attributes_say():
     # Upper half further to the right than the lower: negative slope of the centre of ink over the rows.
     centre = (mass * across).sum(2) / mass.sum(2).clamp(min=1e-6)
     lean = centre[:, 6:12].mean(1) - centre[:, 12:18].mean(1)
-    for family in range(4):
-        mine = everything.family == family
-        bold, regular = ink[mine & (everything.bold == 1)].mean(), ink[mine & (everything.bold == 0)].mean()
-        assert bold > 1.15 * regular
-        italic, upright = lean[mine & (everything.italic == 1)].mean(), lean[mine & (everything.italic == 0)].mean()
-        assert italic > upright + 0.5
+
+    def average(of: torch.Tensor, family: int, bold: int, italic: int) -> float:
+        return of[(everything.family == family) & (everything.bold == bold) & (everything.italic == italic)].mean()
+
+    for family, other in itertools.product(range(4), range(2)):
+        assert average(ink, family, 1, other) > 1.15 * average(ink, family, 0, other)
+        assert average(lean, family, other, 1) > average(lean, family, other, 0) + 0.5
     # Of each letter there are as many pictures, in each font as well.
     assert set(everything.labels.bincount().tolist()) == {320}
     fonts = everything.family * 4 + everything.bold * 2 + everything.italic

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ FAULTS = {
     "no_python": ("1 +", "raised SyntaxError: "),
     "kills_itself": ("import os\nos.kill(os.getpid(), 9)", "the kernel died"),
     "exits_0": ("import sys\nsys.exit(0)", "ended the notebook early"),
+    "exits_late": ("import sys\npaper.verdicts()\nsys.exit(0)", "ended the notebook early"),
     "exits_3": ("import sys\nsys.exit(3)", "ended the notebook early"),
     "hangs": ("import time\ntime.sleep(300)", "took longer than allowed"),
     "swallows": ("try:\n    time.sleep(300)\nexcept KeyboardInterrupt:\n    pass", "took longer than allowed"),
@@ -74,7 +74,7 @@ def together(tmp_path_factory, copy_tiny, reprise) -> Together:
         add_paper(checkout, name, source)
     add_paper(checkout, "sound", "")
     others = [name for name in FAULTS if name not in TIMED_OUT]
-    told = [reprise(checkout, "run", *others, "sound"), reprise(checkout, "run", *TIMED_OUT, "--timeout", "3")]
+    told = [reprise(checkout, "run", *others, "sound"), reprise(checkout, "run", *TIMED_OUT, "--timeout", "10")]
     return Together(checkout, {one.returncode for one in told}, "".join(one.stderr for one in told))
 
 
@@ -191,12 +191,13 @@ def test_killed_from_outside(waiting, environment):
         assert any(cell.source == WAITS for cell in nbformat.read(folder / "notebook.ipynb", as_version=4).cells)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for a single process")
-def test_interrupting_the_command_leaves_no_process_behind(waiting, environment):
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals for a single process")
+@pytest.mark.parametrize(("number", "status", "said"), [(2, 130, "interrupted"), (9, -9, "")], ids=["^C", "kill -9"])
+def test_a_command_that_ends_leaves_no_process_behind(waiting, environment, number, status, said):
     command = start(waiting, environment, "kernel_killed")
     runner, kernel = family(command, waiting, "kernel_killed")
-    command.send_signal(signal.SIGINT)
-    assert "interrupted" in command.communicate(timeout=60)[1]
-    assert command.returncode == 130
+    command.send_signal(number)
+    assert said in command.communicate(timeout=60)[1]
+    assert command.returncode == status
     assert gone(runner)
     assert gone(kernel)

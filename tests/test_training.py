@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from reprise import progress
 from reprise.invariants import InvariantError, NotFinite
 from reprise.training import Batches, accuracy, pick_device, seed_everything, spawn_seeds, sweep, train
 
@@ -147,7 +148,7 @@ def test_parts_without_state_are_refused():
 # 3 is checked by no invariant, 4 by one at the same step, 70 is between two fetches, 99 is the last.
 @pytest.mark.parametrize("bad", [0, 3, 4, 70, 99])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_is_named_at_its_step(bad, value):
+def test_a_loss_that_diverges_is_named_at_its_step(bad, value):
     def go(**options):
         model = network()
         run = train("a", 100, model, **options)
@@ -213,10 +214,14 @@ def test_devices_that_cannot_compute_are_refused(name):
     assert pick_device("auto").type in ("cpu", "cuda")
 
 
-def test_nothing_is_shown_under_pytest(capfd):
+def test_nothing_is_shown_under_pytest(capfd, monkeypatch):
+    monkeypatch.setattr(progress, "_in_notebook", lambda: True)
     for _ in sweep("many", [1, 2]):
         fit("a", 3)
     assert capfd.readouterr() == ("", "")
+    monkeypatch.delenv("PYTEST_VERSION")
+    monkeypatch.setattr(progress, "Bar", lambda name, steps, notebook: f"a bar for {steps} steps of {name}")
+    assert progress.display("a", 3) == "a bar for 3 steps of a"
 
 
 def test_progress_of_a_run_is_lines_of_json(tmp_path, monkeypatch, capfd):
