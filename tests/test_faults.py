@@ -25,7 +25,10 @@ FAULTS = {
     "exits_late": ("import sys\npaper.verdicts()\nsys.exit(0)", "ended the notebook early"),
     "exits_3": ("import sys\nsys.exit(3)", "ended the notebook early"),
     "hangs": ("import time\ntime.sleep(300)", "took longer than allowed"),
-    "swallows": ("try:\n    time.sleep(300)\nexcept KeyboardInterrupt:\n    pass", "took longer than allowed"),
+    "swallows": (
+        "while True:\n    try:\n        time.sleep(300)\n    except KeyboardInterrupt:\n        pass",
+        "took longer than allowed",
+    ),
     "forgets": ('paper.outcome.measurements.pop("learns")', "raised BadInput: not recorded: learns"),
 }
 TIMED_OUT = ("hangs", "swallows")
@@ -100,6 +103,7 @@ def test_cell_and_traceback_are_kept(together, name):
     assert failure["source"] == at_fault
     assert at_fault in together.stderr
     raised = {"raises": "and a second", "no_python": "SyntaxError", "forgets": "not recorded", "exits_3": "SystemExit"}
+    raised["hangs"] = "KeyboardInterrupt"
     traceback = "\n".join(failure["traceback"])
     assert raised.get(name, "") in traceback
     assert bool(traceback) == (name in raised), "a traceback, exactly where there is one"

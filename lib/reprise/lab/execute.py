@@ -34,24 +34,27 @@ def execute(folder: Path) -> None:
             cwd=Path(job["notebook"]).parent,
             progress_bar=False,
             execution_timeout=job["timeout"],
+            interrupt_on_timeout=True,  # so that the cell tells where it was,
+            error_on_timeout={"ename": "TimeoutError", "evalue": "", "traceback": []},  # and then wait no longer
             start_timeout=120,
         )
     except PapermillExecutionError as error:
-        out_of_time = job["timeout"] and error.ename == "KeyboardInterrupt"
-        kind = "time-out" if out_of_time else "exit" if error.ename == "SystemExit" else "error"
+        kind = "exit" if error.ename == "SystemExit" else "error"
         failure = {"kind": kind, "error": f"{error.ename}: {error.evalue}", "traceback": error.traceback}
-    except CellTimeoutError:
+    except CellTimeoutError:  # not even the interrupt ended it
         failure = {"kind": "time-out", "error": "", "traceback": []}
     except DeadKernelError as error:
         failure = {"kind": "kernel death", "error": str(error), "traceback": []}
     else:
         measurements = read_json(folder / "measurements.json")
-        if measurements is not None and _ran_to_its_end(folder):
+        if measurements is not None and _ran_to_its_end(folder) and not _late_cell(folder, job["timeout"]):
             _finish(folder, job, measurements, time.time() - started)
             return
         # The kernel ended in good order, but early: papermill takes sys.exit(0) for success.
         failure = {"kind": "exit", "error": "the notebook ended before its verdicts", "traceback": []}
-    write_json(folder / "failure.json", {**failure, **_last_cell(folder)})
+    # A cell may swallow the interrupt and leave no error behind: it was out of time all the same.
+    late = _late_cell(folder, job["timeout"])
+    write_json(folder / "failure.json", {**failure, **(late or _last_cell(folder))})
 
 
 def _finish(folder: Path, job: dict, measurements: dict, wall_seconds: float) -> None:
@@ -83,6 +86,14 @@ def _last_cell(folder: Path) -> dict:
     have told the cell's number any more; the time at which papermill sent the cell is always there."""
     cells = [cell for cell in _code_cells(folder) if cell.metadata.get("papermill", {}).get("start_time")]
     return {"cell": len(cells), "source": cells[-1].source if cells else ""}
+
+
+def _late_cell(folder: Path, timeout: int | None) -> dict:
+    """The first cell that took longer than allowed; nothing if none did."""
+    for number, cell in enumerate(_code_cells(folder), 1):
+        if timeout and (cell.metadata.get("papermill", {}).get("duration") or 0) >= timeout:
+            return {"kind": "time-out", "cell": number, "source": cell.source}
+    return {}
 
 
 def _die_with(parent: int) -> None:
