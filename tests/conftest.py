@@ -62,10 +62,17 @@ def environment() -> dict[str, str]:
 def reprise(environment) -> Callable[..., subprocess.CompletedProcess]:
     """``reprise(checkout, "run", "tiny")``: the command line as a reader types it, standing in the checkout."""
 
-    def run(checkout: Path, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "reprise.lab.cli", *arguments]
+    reader = environment
+
+    def run(checkout: Path, *arguments: str, environment: dict[str, str] = {}) -> subprocess.CompletedProcess:  # noqa: B006
         return subprocess.run(
-            command, cwd=checkout, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=timeout
+            [sys.executable, "-m", "reprise.lab.cli", *arguments],
+            cwd=checkout,
+            env=reader | environment,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=300,
         )
 
     return run

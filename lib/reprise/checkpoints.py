@@ -19,17 +19,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+# Trainings that went on from a checkpoint, and the seconds they had taken before, for the record of the run.
+resumed: dict[str, float] = {}
+
 
 def path_for(name: str, seed: int, steps: int) -> Path | None:
     """Where the checkpoint of a training belongs, or None outside of a run.
 
-    The name covers the code of the notebook up to the cell that trains: an edit further down keeps it valid.
+    The name covers the code of the notebook up to the cell that trains: an edit further down keeps it valid. It also
+    covers the library, the parameters and the device, whose hash the runner gives (``REPRISE_CODE``).
     """
     if not (run := os.environ.get("REPRISE_RUN")):
         return None
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     code = shell.user_ns.get("In", []) if shell is not None else []
-    key = hashlib.sha256(json.dumps([name, seed, steps, list(code)]).encode()).hexdigest()[:12]
+    facts = [name, seed, steps, list(code), os.environ.get("REPRISE_CODE", "")]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     return Path(run) / "checkpoints" / f"{re.sub(r'[^A-Za-z0-9.]+', '_', name)}-{key}.safetensors"
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from pathlib import Path
 class Silent:
     """Shows nothing. The other displays have the same three methods."""
 
-    def __init__(self, name: str, steps: int):
-        self.name, self.steps = name, steps
+    def __init__(self, name: str, steps: int, first: int = 0):
+        """``first`` steps were done before, in a run that was interrupted."""
+        self.name, self.steps, self.done = name, steps, first
 
     def advance(self, done: int) -> None:
         """``done`` steps are finished."""
@@ -29,15 +31,15 @@ class Silent:
 class Bar(Silent):
     """A tqdm bar: a widget in a notebook, text in a terminal."""
 
-    def __init__(self, name: str, steps: int, notebook: bool):
-        super().__init__(name, steps)
+    def __init__(self, name: str, steps: int, first: int, notebook: bool):
+        super().__init__(name, steps, first)
         if notebook:
             from tqdm.notebook import tqdm
         else:
             from tqdm import tqdm
         # Steps per second are left out: beside them the bar of a notebook would shrink to nothing.
         layout = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-        self.bar = tqdm(total=steps, desc=name, unit="step", leave=notebook, bar_format=layout)
+        self.bar = tqdm(total=steps, initial=first, desc=name, unit="step", leave=notebook, bar_format=layout)
 
     def advance(self, done: int) -> None:
         self.bar.update(done - self.bar.n)
@@ -52,16 +54,16 @@ class Bar(Silent):
 class File(Silent):
     """Lines of JSON in the run's folder, which ``reprise run`` shows as they come."""
 
-    def __init__(self, name: str, steps: int, path: Path):
-        super().__init__(name, steps)
+    def __init__(self, name: str, steps: int, first: int, path: Path):
+        super().__init__(name, steps, first)
         self.path, self.latest = path, {}
-        self.started = self.written = time.monotonic()
-        self.done = 0
+        # The pace is that of the last few lines: what was done before an interruption passes in no time.
+        self.marks = deque(maxlen=6)
         self.write()
 
     def advance(self, done: int) -> None:
         self.done = done
-        if time.monotonic() - self.written > 1:
+        if time.monotonic() - self.marks[-1][0] > 1:
             self.write()
 
     def values(self, values: dict[str, float]) -> None:
@@ -71,9 +73,9 @@ class File(Silent):
         self.write()
 
     def write(self) -> None:
-        self.written = time.monotonic()
-        elapsed = self.written - self.started
-        left = elapsed / self.done * (self.steps - self.done) if self.done else None
+        self.marks.append((time.monotonic(), self.done))
+        (then, done_then), (now, done) = self.marks[0], self.marks[-1]
+        left = (now - then) / (done - done_then) * (self.steps - done) if done > done_then else None
         # JSON has no infinity; a loss that diverged shows as text.
         values = {key: value if abs(value) < float("inf") else str(value) for key, value in self.latest.items()}
         line = {
@@ -91,17 +93,17 @@ class File(Silent):
             pass  # A training is worth more than its progress line: a full disk shows where results are written.
 
 
-def display(name: str, steps: int) -> Silent:
+def display(name: str, steps: int, first: int = 0) -> Silent:
     """The display that suits where this process runs."""
     if run := os.environ.get("REPRISE_RUN"):
-        return File(name, steps, Path(run) / "progress.jsonl")
+        return File(name, steps, first, Path(run) / "progress.jsonl")
     if "PYTEST_VERSION" in os.environ:  # nbval compares outputs, and a bar never looks the same twice
-        return Silent(name, steps)
+        return Silent(name, steps, first)
     if _in_notebook():
-        return Bar(name, steps, notebook=True)
+        return Bar(name, steps, first, notebook=True)
     if sys.stderr is not None and sys.stderr.isatty():
-        return Bar(name, steps, notebook=False)
-    return Silent(name, steps)
+        return Bar(name, steps, first, notebook=False)
+    return Silent(name, steps, first)
 
 
 def sweep(name: str, items: Iterable) -> Iterator:

@@ -131,16 +131,17 @@ class Training:
         self.may_diverge, self.quiet = may_diverge, quiet
         self.step = 0
         self.diverged_at: int | None = None
+        self._seconds_before = 0.0  # spent on it before it was interrupted
         self._curves: dict[str, tuple[list[int], list[float]]] = {}
         self._pending: dict[str, list[float | Tensor]] = {}  # logged, but not yet fetched from the device
 
     def __iter__(self) -> Iterator[int]:
         watch = Watch([part for part in self.parts if isinstance(part, nn.Module)])
         seed_everything(self.seed, self.name)
-        self._curves, self._pending, self.diverged_at = {}, {}, None
+        self._curves, self._pending, self.diverged_at, self._seconds_before = {}, {}, None, 0.0
         checkpoint = checkpoints.path_for(self.name, self.seed, self.steps)
         first = self._resume(checkpoint)
-        shown = (Silent if self.quiet else display)(self.name, self.steps)
+        shown = (Silent if self.quiet else display)(self.name, self.steps, first)
         saved = started = time.monotonic()
         try:
             for step in range(first, self.steps):
@@ -157,8 +158,8 @@ class Training:
                     watch.check(step)
                 shown.advance(step + 1)
                 if checkpoint is not None and self._is_due(step, saved, started):
-                    self._save(checkpoint)
                     saved = time.monotonic()
+                    self._save(checkpoint, saved - started)
         except NotFinite as error:
             self.diverged_at = error.step
             if not self.may_diverge:
@@ -191,10 +192,11 @@ class Training:
         interval, now = checkpoints.seconds_between(), time.monotonic()
         return now - saved > interval or (step == self.steps - 1 and now - started > interval / 10)
 
-    def _save(self, path: Path) -> None:
+    def _save(self, path: Path, seconds: float) -> None:
         self._fetch()
         state = {
             "step": self.step,
+            "seconds": self._seconds_before + seconds,
             "parts": [part.state_dict() for part in self.parts],
             "curves": {
                 name: (steps, torch.tensor(values, dtype=torch.float64))
@@ -215,6 +217,7 @@ class Training:
             part.load_state_dict(saved)
         self._curves = {name: (steps, values.tolist()) for name, (steps, values) in state["curves"].items()}
         checkpoints.restore_random_state(state["random"])
+        self._seconds_before = checkpoints.resumed[self.name] = state["seconds"]
         self.step = state["step"]
         return self.step + 1
 

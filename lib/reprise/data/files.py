@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import http.client
 import os
 import shutil
 import time
@@ -18,6 +19,7 @@ from functools import cache
 from pathlib import Path
 
 import yaml
+from filelock import FileLock
 
 _HOME = Path(__file__).parents[3] / "data"
 _ATTEMPTS = 3
@@ -47,14 +49,14 @@ def obtain(dataset: str, file: str) -> Path:
     facts = descriptions()[dataset]
     if path := _intact(dataset, file):
         return path
-    damaged = [place / file for place in _places(dataset) if (place / file).is_file()]
-    problems = [f"{path} is damaged (another sha256 than expected)" for path in damaged]
+    found = [place / file for place in _places(dataset) if (place / file).is_file()]
+    damaged = [f"{path} is damaged (another sha256 than expected)" for path in found]
     if "urls" not in facts:
         raise DataError(
             f"{dataset}: no intact {file}; set REPRISE_MIRROR to a folder that has {dataset}/{file}"
-            + "".join(f"; {problem}" for problem in problems)
+            + "".join(f"; {problem}" for problem in damaged)
         )
-    return _download(dataset, file, [url + file for url in facts["urls"]], problems)
+    return _download(dataset, file, [url + file for url in facts["urls"]], damaged)
 
 
 def obtain_all(dataset: str) -> dict[str, Path]:
@@ -87,32 +89,44 @@ def _intact(dataset: str, file: str) -> Path | None:
     return None
 
 
-def _download(dataset: str, file: str, urls: list[str], problems: list[str]) -> Path:
-    expected = descriptions()[dataset]["files"][file]["sha256"]
+def _download(dataset: str, file: str, urls: list[str], damaged: list[str]) -> Path:
     target = folder() / dataset / file
-    # A name of this process's own: two that download at once do not write into one file.
-    temporary = target.with_name(f"{file}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        # Of two processes that ask at once, one waits and then finds what the other has brought.
+        with FileLock(target.with_name(f"{file}.lock")):
+            if path := _intact(dataset, file):
+                return path
+            problem = _fetch(target, urls, descriptions()[dataset]["files"][file]["sha256"])
+    except OSError as error:
+        raise DataError(f"{dataset}: {file} could not be written to {target.parent}: {error.strerror}") from None
+    if problem is None:
+        return target
+    raise DataError(
+        f"{dataset}: {file} could not be downloaded ({'; '.join([*damaged, problem])}). Without a network, set "
+        f"REPRISE_MIRROR to a folder that has {dataset}/{file}, or put the file into {target.parent}"
+    )
+
+
+def _fetch(target: Path, urls: list[str], expected: str) -> str | None:
+    """Download a file under a temporary name, check it, rename it. What was the matter last, if nothing helped."""
+    temporary = target.with_name(f"{target.name}.part")
+    problem = None
+    try:
         for attempt in range(_ATTEMPTS):
             for url in urls:
                 try:
                     with urllib.request.urlopen(url, timeout=30) as answer, temporary.open("wb") as out:
                         shutil.copyfileobj(answer, out)
-                except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-                    problems.append(f"{url}: {getattr(error, 'reason', error)}")
+                except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+                    problem = f"{url}: {getattr(error, 'reason', error)}"
                     continue
                 if sha256(temporary) == expected:
                     os.replace(temporary, target)
-                    return target
-                problems.append(f"{url} sent another file than expected (sha256 differs)")
+                    return None
+                problem = f"{url} sent another file than expected (sha256 differs)"
             time.sleep(2**attempt if attempt < _ATTEMPTS - 1 else 0)
-    except OSError as error:
-        raise DataError(f"{dataset}: {file} could not be written to {target.parent}: {error.strerror}") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-    raise DataError(
-        f"{dataset}: {file} could not be downloaded ({problems[-1]}). Without a network, set REPRISE_MIRROR to "
-        f"a folder that has {dataset}/{file}, or put the file into {target.parent}"
-    )
+    return problem

@@ -1,9 +1,9 @@
-"""The two ways a run can go wrong, kept apart because the reader must do different things about them."""
+"""What the laboratory tells apart when something goes wrong."""
 
 
 class BadInput(Exception):
     """Something the caller asked for or wrote down is wrong. One line that says what to do; exit status 2."""
 
 
-class NotebookFailed(Exception):
-    """A notebook did not reach its end. Carries one line for the closing table; exit status 3."""
+# The exit status of a notebook's process that could not write to its folder; sysexits.h has it for input and output.
+CANNOT_WRITE = 74

@@ -87,11 +87,22 @@ def run_hash(notebook: nbformat.NotebookNode, changed: dict[str, object], device
 
     The laboratory is left out: it runs and judges, but computes nothing that is measured.
     """
-    sources = [TransformerManager().transform_cell(cell.source) for cell in code_cells(notebook)]
-    modules = _imported({}, sources)
-    content = [*map(_code_only, sources), *map(_code_only, (modules[name] for name in sorted(modules)))]
-    facts = json.dumps([content, sorted(changed.items()), device])
-    return hashlib.sha256(facts.encode()).hexdigest()[:12]
+    return _hash([list(map(_code_only, _sources(notebook))), library_hash(notebook, changed, device)])
+
+
+def library_hash(notebook: nbformat.NotebookNode, changed: dict[str, object], device: str) -> str:
+    """The same without the notebook's own code: what a checkpoint depends on beside the cells that led to it."""
+    modules = _imported({}, _sources(notebook))
+    code = [_code_only(modules[name]) for name in sorted(modules)]
+    return _hash([code, sorted(changed.items()), device])
+
+
+def _hash(facts: object) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+
+
+def _sources(notebook: nbformat.NotebookNode) -> list[str]:
+    return [TransformerManager().transform_cell(cell.source) for cell in code_cells(notebook)]
 
 
 def _imported(found: dict[str, str], sources: list[str], package: str = "") -> dict[str, str]:

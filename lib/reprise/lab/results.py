@@ -36,13 +36,16 @@ def is_locked(folder: Path) -> bool:
 def write_json(path: Path, data: dict) -> None:
     """Write a file that is either whole or absent, whatever happens meanwhile."""
     temporary = path.with_name(path.name + ".part")
-    with temporary.open("w", encoding="utf-8") as file:
-        # Not a number and infinity are not JSON; Measurement turns them into None with a reason.
-        json.dump(data, file, indent=1, allow_nan=False, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            # Not a number and infinity are not JSON; Measurement turns them into None with a reason.
+            json.dump(data, file, indent=1, allow_nan=False, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict | None:
@@ -163,7 +166,8 @@ class Outcome:
 
 
 def provenance(device: str) -> dict:
-    """Where this process ran and on what: versions, device, threads, peak memory, checksums of the data loaded."""
+    """Where this process ran and on what: versions, device, threads, peak memory, checksums of the data loaded,
+    trainings that went on from checkpoints with the seconds they had taken before."""
     torch = sys.modules.get("torch")
     on_gpu = torch is not None and device.startswith("cuda")
     facts = {
@@ -174,6 +178,7 @@ def provenance(device: str) -> dict:
         "threads": torch.get_num_threads() if torch else None,
         "peak_memory_mb": round(_peak_memory() / 2**20),
         "data": dict(getattr(sys.modules.get("reprise.data"), "loaded", {})),
+        "resumed": dict(getattr(sys.modules.get("reprise.checkpoints"), "resumed", {})),
     }
     if on_gpu:
         facts["peak_device_memory_mb"] = round(torch.cuda.max_memory_allocated(device) / 2**20)

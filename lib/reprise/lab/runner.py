@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from pathlib import Path
 from . import notebooks
 from .checkout import Checkout
 from .claims import Claims
-from .errors import BadInput
+from .errors import CANNOT_WRITE, BadInput
 from .parameters import parse_options
 from .results import LOCK, Outcome, is_locked, read_json, write_json
 
@@ -33,6 +34,7 @@ class Job:
     folder: Path
     parameters: dict[str, object]
     changed: dict[str, object]
+    library: str
     expected_seconds: float
     process: subprocess.Popen | None = None
     started: float = 0.0
@@ -64,7 +66,7 @@ def plan(
         changed = {key: value for key, value in values.items() if value != declared[key].default}
         claims = checkout.claims(name)
         require_data(claims.data[scale])
-        digest = notebooks.run_hash(notebook, {k: v for k, v in changed.items() if k != "device"}, _device(values))
+        facts = notebook, {k: v for k, v in changed.items() if k != "device"}, _device(values)
         recorded = read_json(checkout.paper(name) / "results" / f"{scale}.json") or {}
         jobs.append(
             Job(
@@ -72,9 +74,10 @@ def plan(
                 scale=scale,
                 claims=claims,
                 notebook=checkout.notebook(name),
-                folder=out / scale / f"{name}-{digest}",
+                folder=out / scale / f"{name}-{notebooks.run_hash(*facts)}",
                 parameters=values,
                 changed=changed,
+                library=notebooks.library_hash(*facts),
                 expected_seconds=recorded.get("provenance", {}).get("wall_seconds", _UNKNOWN_LENGTH),
             )
         )
@@ -139,8 +142,11 @@ def run(checkout: Checkout, jobs: list[Job], at_once: int, force: bool, timeout:
 
 def _start(checkout: Checkout, job: Job, commit: str, timeout: int | None, force: bool) -> None:
     owner = uuid.uuid4().hex
+    is_new = not job.folder.exists()
     try:
         _clear(job.folder, keep_checkpoints=not force)
+        if not force:
+            _adopt_checkpoints(job)
         (job.folder / "owner").write_text(owner, encoding="utf-8")
         description = {
             "notebook": str(job.notebook),
@@ -148,9 +154,12 @@ def _start(checkout: Checkout, job: Job, commit: str, timeout: int | None, force
             "changed": job.changed,
             "timeout": timeout,
             "commit": commit,
+            "library": job.library,
         }
         write_json(job.folder / "job.json", description)
     except OSError as error:
+        if is_new:
+            shutil.rmtree(job.folder, ignore_errors=True)
         raise BadInput(f"cannot write to {job.folder}: {error.strerror}") from None
     library = checkout.root / "lib"
     path = [str(library)] if library.is_dir() else []
@@ -158,6 +167,7 @@ def _start(checkout: Checkout, job: Job, commit: str, timeout: int | None, force
         **os.environ,
         "REPRISE_RUN": str(job.folder.resolve()),
         "REPRISE_OWNER": owner,
+        "REPRISE_CODE": job.library,
         # The library of the checkout that is served, whichever one is installed.
         "PYTHONPATH": os.pathsep.join([*path, *filter(None, [os.environ.get("PYTHONPATH")])]),
         # The kernel of this environment, even where the user has another one of the same name.
@@ -187,6 +197,20 @@ def _clear(folder: Path, keep_checkpoints: bool) -> None:
             path.unlink()
 
 
+def _adopt_checkpoints(job: Job) -> None:
+    """Offer the checkpoints of this paper's other runs, which cost no space as links: after a cell is edited, the
+    trainings above it need not be done again. Each checkpoint's name tells whether it fits."""
+    mine = job.folder / "checkpoints"
+    for other in job.folder.parent.glob(f"{job.name}-*/job.json"):
+        if (read_json(other) or {}).get("library") != job.library:
+            continue
+        for path in other.parent.glob("checkpoints/*.safetensors"):
+            if not (mine / path.name).exists():
+                mine.mkdir(exist_ok=True)
+                with contextlib.suppress(OSError):  # a file system without links: then they are trained again
+                    os.link(path, mine / path.name)
+
+
 def _conclude(job: Job) -> None:
     job.finished = True
     job.result = read_json(job.folder / "result.json")
@@ -194,11 +218,15 @@ def _conclude(job: Job) -> None:
         return
     job.failure = read_json(job.folder / "failure.json")
     if job.failure is None:
-        job.failure = {"kind": "runner death", "error": _last_words(job), "cell": 0, "source": "", "traceback": []}
+        kind = "storage" if job.process.returncode == CANNOT_WRITE else "runner death"
+        job.failure = {"kind": kind, "error": _last_words(job), "cell": 0, "source": "", "traceback": []}
 
 
 def _last_words(job: Job) -> str:
     status = job.process.returncode
+    if status == CANNOT_WRITE:  # the log may be cut off, too
+        free = shutil.disk_usage(job.folder).free
+        return f"{free / 2**20:.0f} MB are free there"
     if status < 0:  # whatever it wrote last has nothing to do with its end
         return f"killed by signal {-status}"
     log = (job.folder / "run.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
@@ -223,6 +251,7 @@ def failure_words(job: Job) -> str:
         "kernel death": f"the kernel died in {where}: killed from outside, or out of memory",
         "exit": f"{where} ended the notebook early (sys.exit?)",
         "time-out": f"{where} took longer than allowed",
+        "storage": f"its folder could not be written to; {first_line}",
         "runner death": f"the process that ran it died: {first_line}",
     }[failure["kind"]]
 
