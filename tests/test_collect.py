@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import nbformat
 import pytest
 from click.testing import CliRunner
 
-from reprise.lab import notebooks
+from reprise.lab import exhibits, notebooks
 from reprise.lab.checkout import Checkout
 from reprise.lab.cli import main
 from reprise.lab.errors import BadInput
@@ -112,6 +113,79 @@ def test_markers_are_filled_and_the_rest_is_left_alone(collected):
     assert page.endswith("\n\nThe end.\n")
     index = (collected / "papers" / "README.md").read_text(encoding="utf-8")
     assert "| 2 | A Planned Paper, Nobody ([source](https://example.org)) | 2001 | planned |" in index
+
+
+def another_seed(checkout: Path, seed: int, **measured: float) -> None:
+    """A finished run with another seed, made from the one there is."""
+    (run,) = (checkout / "runs" / "quick").glob("tiny-????????????")
+    copy = Path(shutil.copytree(run, run.with_name(f"tiny-seed{seed}")))
+    result = json.loads((copy / "result.json").read_text(encoding="utf-8"))
+    result["provenance"]["seed"] = seed
+    for id, value in measured.items():
+        result["measurements"][id] = {"value": value}
+    (copy / "result.json").write_text(json.dumps(result), encoding="utf-8")
+
+
+def test_seeds_stand_side_by_side(collected):
+    another_seed(collected, 100, wins=0.9995, learns=0.25)
+    another_seed(collected, 7, wins=0.5, learns=0.125)
+    for _ in range(2):  # what was collected before stays, and is not doubled
+        told = CliRunner().invoke(main, ["collect", "runs"])
+        assert told.exit_code == 0, told.output
+        assert "tiny quick: seed 100 from tiny-seed100\n" in told.stdout
+        shutil.rmtree(collected / "runs" / "quick" / "tiny-seed7", ignore_errors=True)
+    spread = json.loads((collected / "papers" / "tiny" / "spread.json").read_text(encoding="utf-8"))
+    assert list(spread["quick"]) == ["7", "100"]
+    assert spread["quick"]["100"]["measurements"]["learns"] == {"value": 0.25}
+    result = json.loads((collected / "papers" / "tiny" / "results" / "quick.json").read_text(encoding="utf-8"))
+    page = (collected / "papers" / "tiny" / "README.md").read_text(encoding="utf-8")
+    learns, wins = (f"{result['measurements'][id]['value']:.3g}" for id in ("learns", "wins"))
+    assert "| the same with seed | 0 | 7 | 100 |\n|---|---|---|---|\n" in page
+    assert f"| learns | {learns} | 0.125 | 0.25 |" in page
+    assert f"| wins | {wins} | 0.5 | **1** |" in page, "it holds with this seed, and not with the published one"
+    assert "| sums | 0" not in page, "identities do not depend on the seed"
+
+
+def test_the_page_says_on_what_it_was_measured(collected):
+    result = json.loads((collected / "papers" / "tiny" / "results" / "quick.json").read_text(encoding="utf-8"))
+    page = (collected / "papers" / "tiny" / "README.md").read_text(encoding="utf-8")
+    (line,) = [line for line in page.splitlines() if line.startswith("Seed 0, commit `unknown`, finished ")]
+    facts = result["provenance"]
+    assert facts["processor"]
+    assert f"finished {facts['finished'][:10]}. CPU, {facts['processor']}, {facts['system']}, 1 thread; " in line
+    assert (
+        f" s, at most {facts['peak_memory_mb']:,} MB. Python {facts['python']}, torch {facts['packages']['torch']}"
+        in line
+    )
+    for name in ("digits/train", "digits/test"):
+        assert f"{name} `{facts['data'][name][:8]}`" in line
+    assert line.endswith("; all of it is in `results/quick.json`.")
+
+
+def test_a_number_that_differs_from_the_record_is_found(collected):
+    page = collected / "papers" / "tiny" / "README.md"
+    text = page.read_text(encoding="utf-8")
+    assert regenerated(Checkout(collected), page) == text
+    result = json.loads((collected / "papers" / "tiny" / "results" / "quick.json").read_text(encoding="utf-8"))
+    wins = f"{result['measurements']['wins']['value']:.3g}"
+    page.write_text(text.replace(f"| {wins} |", "| 0.999 |"), encoding="utf-8")
+    assert regenerated(Checkout(collected), page) == text
+
+
+def test_figures_of_full_runs_are_shown_with_their_origin(collected, monkeypatch):
+    shown = []
+    monkeypatch.setattr(exhibits, "display", shown.append)
+    exhibits.published("tiny", "loss")
+    assert [one.data for one in shown] == ["*Full scale: not measured yet.*"]
+    paper = collected / "papers" / "tiny"
+    shutil.copytree(paper / "figures" / "quick", paper / "figures" / "full")
+    shutil.copy(paper / "results" / "quick.json", paper / "results" / "full.json")
+    date = json.loads((paper / "results" / "full.json").read_text(encoding="utf-8"))["provenance"]["finished"][:10]
+    exhibits.published("tiny", "loss")
+    picture, caption = shown[1:]
+    assert picture.data == (paper / "figures" / "full" / "loss.png").read_bytes()
+    assert picture.alt.startswith("The loss falls")
+    assert caption.data == f"*Full scale: digits, on one CPU, {date}.*"
 
 
 @pytest.mark.parametrize("marker", ["contents", "tiny.quick", "tiny.quick.winns", "tiny.ful.wins", "tinny.quick.wins"])

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
+import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +30,7 @@ SIZES = {
     "cifar10_subset": (3, 32, 32),
 }
 BUNDLED = [name for name, facts in descriptions().items() if "in" in facts]
+MIRROR = Path(os.environ.get("REPRISE_MIRROR", "")).expanduser()  # before tests hide it
 LABELLED = [pytest.param(name, marks=[] if name in BUNDLED else pytest.mark.mirror) for name in CLASSES]
 
 
@@ -209,3 +216,117 @@ def test_a_damaged_file_is_not_used(nowhere, monkeypatch):
     monkeypatch.setenv("REPRISE_MIRROR", str(nowhere / "mirror"))
     with pytest.raises(DataError, match=r"data.cifar10_subset.test_labels\.npy is damaged.*mirror.cifar10_subset"):
         files.obtain("cifar10_subset", "test_labels.npy")
+
+
+CONTENT = b"what the dataset is made of" * 1000
+
+
+class Host(BaseHTTPRequestHandler):
+    """Serves one file, as the list ``answers`` says, one entry for each request; then as it should be."""
+
+    answers: list[str]
+    asked: list[str]
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        how = self.answers.pop(0) if self.answers else "whole"
+        body = {"cut short": CONTENT[:-9], "another": b"<html>Please log in</html>"}.get(how, CONTENT)
+        if how == "slow":
+            threading.Event().wait(1)  # time.sleep does nothing here, see below
+        self.send_response(503 if how == "busy" else 200)
+        self.send_header("Content-Length", str(len(CONTENT) if how == "cut short" else len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def host(tmp_path, monkeypatch):
+    """A dataset ``toy`` of one file, on a server of our own."""
+    Host.answers, Host.asked = [], []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Host)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    toy = {
+        "files": {"toy.bin": {"sha256": hashlib.sha256(CONTENT).hexdigest()}},
+        "urls": [f"http://127.0.0.1:{server.server_port}/"],
+    }
+    monkeypatch.setattr(files, "descriptions", lambda: {"toy": toy})
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("REPRISE_DATA", str(tmp_path / "data"))
+    monkeypatch.delenv("REPRISE_MIRROR", raising=False)
+    yield Host
+    server.shutdown()
+
+
+@pytest.mark.parametrize("trouble", ["busy", "cut short", "another"])
+def test_a_download_that_fails_is_tried_again(host, tmp_path, trouble):
+    host.answers = [trouble, trouble]
+    path = files.obtain("toy", "toy.bin")
+    assert path == tmp_path / "data" / "toy" / "toy.bin"
+    assert path.read_bytes() == CONTENT
+    assert host.asked == ["/toy.bin"] * 3
+    assert files.obtain("toy", "toy.bin") == path
+    assert len(host.asked) == 3, "what is here is not downloaded again"
+    assert not list(path.parent.glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("trouble", "said"),
+    [("busy", "Service Unavailable"), ("another", "sent another file than expected"), ("cut short", "sent another")],
+)
+def test_a_download_that_never_succeeds_leaves_nothing(host, tmp_path, trouble, said):
+    host.answers = [trouble] * 9
+    with pytest.raises(DataError, match=said) as caught:
+        files.obtain("toy", "toy.bin")
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(host.asked) == 3
+    assert [path.name for path in (tmp_path / "data" / "toy").iterdir() if path.suffix != ".lock"] == []
+
+
+@pytest.mark.parametrize("damaged", [CONTENT[:-9], b"", CONTENT[::-1], b"another file of the same dataset"])
+def test_a_damaged_file_is_fetched_anew(host, tmp_path, damaged):
+    (tmp_path / "data" / "toy").mkdir(parents=True)
+    (tmp_path / "data" / "toy" / "toy.bin").write_bytes(damaged)
+    assert files.obtain("toy", "toy.bin").read_bytes() == CONTENT
+    assert len(host.asked) == 1
+
+
+def test_the_mirror_comes_before_the_network_but_not_when_damaged(host, tmp_path, monkeypatch):
+    mirror = tmp_path / "mirror" / "toy" / "toy.bin"
+    mirror.parent.mkdir(parents=True)
+    mirror.write_bytes(CONTENT)
+    monkeypatch.setenv("REPRISE_MIRROR", str(tmp_path / "mirror"))
+    assert files.obtain("toy", "toy.bin") == mirror
+    assert host.asked == []
+    mirror.write_bytes(CONTENT[:-1])
+    assert files.obtain("toy", "toy.bin") == tmp_path / "data" / "toy" / "toy.bin"
+    assert mirror.read_bytes() == CONTENT[:-1], "the mirror is somebody else's"
+
+
+def test_two_that_ask_at_once_download_once(host, tmp_path):
+    host.answers = ["slow"]
+    with ThreadPoolExecutor() as pool:
+        paths = list(pool.map(lambda _: files.obtain("toy", "toy.bin"), range(4)))
+    assert set(paths) == {tmp_path / "data" / "toy" / "toy.bin"}
+    assert paths[0].read_bytes() == CONTENT
+    assert len(host.asked) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_named(host, tmp_path):
+    (tmp_path / "data").write_text("in the way", encoding="utf-8")
+    with pytest.raises(DataError, match=r"toy: toy\.bin could not be written to .*toy"):
+        files.obtain("toy", "toy.bin")
+    assert host.asked == []
+
+
+@pytest.mark.mirror
+def test_files_that_are_swapped_are_found_before_use(nowhere, monkeypatch):
+    place = nowhere / "data" / "cifar10_subset"
+    shutil.copytree(MIRROR / "cifar10_subset", place)
+    (place / "train_labels.npy").rename(place / "x")
+    (place / "test_labels.npy").rename(place / "train_labels.npy")
+    (place / "x").rename(place / "test_labels.npy")
+    with pytest.raises(DataError, match=r"(test|train)_labels\.npy is damaged"):
+        load("cifar10_subset", "test")

@@ -79,13 +79,14 @@ def run(names, scale, options, jobs, out, force, timeout) -> None:
 def _close(todo: list[runner.Job]) -> int:
     """Print the closing tables; the exit status."""
     done = [job for job in todo if job.result is not None]
-    surprises = []
+    surprises, lacking = [], []
     for job in done:
         outcome = job.outcome()
         if missing := outcome.missing():
-            raise BadInput(
+            lacking.append(
                 f"{job.name}: claims.yaml asks for {', '.join(missing)}, which {job.folder} lacks: use --force"
             )
+            continue
         took = tables.seconds(job.result["provenance"]["wall_seconds"])
         click.echo(f"\n{job.claims.title} · {job.scale} · {took}\n\n{tables.outcome_text(outcome)}")
         click.echo(f"\n{job.folder}")
@@ -97,7 +98,9 @@ def _close(todo: list[runner.Job]) -> int:
         click.echo(f"\n{job.name}: {runner.failure_words(job)}\n{job.failure['source']}", err=True)
         click.echo("\n".join(job.failure["traceback"]), err=True)
         click.echo(f"kept in {job.folder}", err=True)
-    return FAILED if failed else DIFFERS if surprises else 0
+    for words in lacking:
+        click.echo(f"reprise: {words}", err=True)
+    return FAILED if failed else BAD_USE if lacking else DIFFERS if surprises else 0
 
 
 @main.command()

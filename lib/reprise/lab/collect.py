@@ -11,9 +11,6 @@ from .errors import BadInput
 from .pages import write_pages
 from .results import read_json, write_json
 
-# Ranges are set from runs with these seeds, never from the default one.
-CALIBRATION_SEEDS = range(100, 105)
-
 
 def collect(checkout: Checkout, folder: Path) -> list[str]:
     """Take over every finished run below a folder, then write all pages anew. Left out are runs with other parameters
@@ -41,11 +38,9 @@ def collect(checkout: Checkout, folder: Path) -> list[str]:
         if seed == _default_seed(checkout, name):
             _take(checkout, name, scale, run, result)
             lines.append(f"{name} {scale}: from {run.name}, commit {result['provenance']['commit'][:12]}")
-    for name in checkout.names():
-        calibration = {seed: newest[key][1] for seed in CALIBRATION_SEEDS if (key := (name, "quick", seed)) in newest}
-        if len(calibration) == len(CALIBRATION_SEEDS):
-            write_json(checkout.paper(name) / "spread.json", _spread(calibration))
-            lines.append(f"{name}: spread over seeds {', '.join(map(str, calibration))}")
+        else:
+            _put_beside(checkout, name, scale, seed, result)
+            lines.append(f"{name} {scale}: seed {seed} from {run.name}")
     lines += [f"{path.name}: executed" for path in _execute_guides(checkout)]
     return lines + [f"{path.relative_to(checkout.root)}: written" for path in write_pages(checkout)]
 
@@ -61,20 +56,14 @@ def _default_seed(checkout: Checkout, name: str) -> int:
     return notebooks.parameters(notebooks.read(checkout.notebook(name)))["seed"].default
 
 
-def _spread(results: dict[int, dict]) -> dict:
-    """What each seed measured, for the test that recomputes the ranges: {id: {seed: value}}, without likewise."""
-    some = next(iter(results.values()))
-
-    def by_seed(read) -> dict:
-        return {str(seed): read(result) for seed, result in results.items()}
-
-    return {
-        "measurements": {id: by_seed(lambda r, id=id: r["measurements"][id]["value"]) for id in some["measurements"]},
-        "without": {
-            what: {id: by_seed(lambda r, what=what, id=id: r["without"][what][id]["value"]) for id in entries}
-            for what, entries in some["without"].items()
-        },
-    }
+def _put_beside(checkout: Checkout, name: str, scale: str, seed: int, result: dict) -> None:
+    """Keep what another seed measured, for the page and for the test of ranges: {scale: {seed: its result}}."""
+    path = checkout.paper(name) / "spread.json"
+    spread = read_json(path) or {}
+    kept = {key: result[key] for key in ("scale", "measurements", "without", "provenance")}
+    seeds = {**spread.get(scale, {}), str(seed): kept}
+    spread[scale] = dict(sorted(seeds.items(), key=lambda pair: int(pair[0])))
+    write_json(path, spread)
 
 
 def _as_written(run: Path):

@@ -9,14 +9,6 @@ import shutil
 import sys
 
 from .checkout import Checkout
-from .pages import papers_table
-
-
-def course():
-    """The papers that are here with links and verdicts, to be shown in a notebook beside them."""
-    from IPython.display import Markdown
-
-    return Markdown(papers_table(Checkout.find(), to_root="../"))
 
 
 def examine(checkout: Checkout) -> list[tuple[str, str]]:

@@ -9,11 +9,11 @@ import re
 from pathlib import Path
 
 from .checkout import Checkout
-from .claims import NOT_MEASURED, SCALES, Measurement, show
+from .claims import NOT_MEASURED, SCALES, Claim, Measurement, show
 from .errors import BadInput
-from .report import minutes, outcome_on_record, record
+from .report import minutes, other_seeds, outcome_on_record, record
 from .results import Outcome
-from .tables import ablation_words, count_words
+from .tables import ablation_words, count_words, seconds
 
 _MARKED = re.compile(r"<!-- (?P<name>[\w.:-]+) -->(?P<text>.*?)<!-- /(?P=name) -->", re.DOTALL)
 
@@ -104,13 +104,20 @@ def _results(checkout: Checkout, name: str) -> str:
     for scale in SCALES:
         outcome = outcome_on_record(checkout, name, scale)
         parts.append(f"### {scale.capitalize()}\n")
-        parts.append(_scale_table(outcome, record(checkout, name, scale)) if outcome else f"{NOT_MEASURED}\n")
-    missing = [c for c in checkout.claims(name).claims.values() if c.not_attempted]
-    parts.append("### Not attempted\n\n" + "\n".join(f"- {c.text} ({c.where}): {c.not_attempted}" for c in missing))
+        if outcome is None:
+            parts.append(f"{NOT_MEASURED}\n")
+            continue
+        result = record(checkout, name, scale)
+        parts += [_scale_table(outcome), _provenance(result["provenance"], scale)]
+        if others := other_seeds(checkout, name, scale):
+            parts.append(_seeds_table(outcome, str(result["provenance"]["seed"]), others))
+    if missing := [c for c in checkout.claims(name).claims.values() if c.not_attempted]:
+        lines = [f"- {c.text} ({c.where}): {c.not_attempted}" for c in missing]
+        parts.append("### Not attempted\n\n" + "\n".join(lines))
     return "\n".join(parts)
 
 
-def _scale_table(outcome: Outcome, result: dict) -> str:
+def _scale_table(outcome: Outcome) -> str:
     lines = ["| claim | where | the paper says | measured | holds when | verdict |", "|---|---|---|---|---|---|"]
     verdicts = outcome.verdicts()
     for claim in outcome.claims.at(outcome.scale):
@@ -123,13 +130,42 @@ def _scale_table(outcome: Outcome, result: dict) -> str:
     for without, claim in outcome.claims.breaking(outcome.scale):
         if value := outcome.without.get(without.id, {}).get(claim.id):
             lines.append(f"| {without.removes} | {claim.id} | {value} | {ablation_words(without, claim, outcome)} |")
-    facts = result["provenance"]
-    packages = facts["packages"]
-    lines += [
-        "",
-        f"Commit `{facts['commit'][:12]}`, seed {facts['seed']}, {facts['device']}, {facts['threads']} thread, "
-        f"torch {packages.get('torch', '–')}, {facts['wall_seconds']:.0f} s, {facts['peak_memory_mb']} MB, "
-        f"data {', '.join(facts['data']) or 'none'}; checksums in `results/{outcome.scale}.json`.",
-        "",
-    ]
+    return "\n".join([*lines, ""])
+
+
+def _provenance(facts: dict, scale: str) -> str:
+    """On what the numbers of a table were measured."""
+    versions = ", ".join(f"{name} {version}" for name, version in facts["packages"].items() if name != "reprise")
+    data = ", ".join(f"{name} `{checksum[:8]}`" for name, checksum in facts["data"].items())
+    memory = f"{facts['peak_memory_mb']:,} MB"
+    if "peak_device_memory_mb" in facts:
+        memory += f" and {facts['peak_device_memory_mb']:,} MB on the device"
+    resumed = f" ({len(facts['resumed'])} trainings from checkpoints)" if facts.get("resumed") else ""
+    where = [facts["device"], facts.get("processor"), facts["system"], f"{facts['threads']} thread"]
+    return (
+        f"Seed {facts['seed']}, commit `{facts['commit'][:12]}`, finished {facts['finished'][:10]}. "
+        f"{', '.join(filter(None, where))}; {seconds(facts['wall_seconds'])}{resumed}, at most {memory}. "
+        f"Python {facts['python']}, {versions}. Data, with the first digits of what was loaded from it: "
+        f"{data or 'none'}; all of it is in `results/{scale}.json`.\n"
+    )
+
+
+def _seeds_table(outcome: Outcome, default: str, others: dict[str, dict]) -> str:
+    """The experiments' measurements side by side; bold is what has another verdict than the published one."""
+    seeds = {default: outcome} | {s: Outcome.from_result(outcome.claims, result) for s, result in others.items()}
+    lines = ["| the same with seed | " + " | ".join(seeds) + " |", "|---" * (len(seeds) + 1) + "|"]
+    for claim in outcome.claims.at(outcome.scale):
+        if claim.kind == "experiment":
+            cells = [_seed_cell(claim, outcome, one) for one in seeds.values()]
+            lines.append(f"| {claim.id} | " + " | ".join(cells) + " |")
+    commits = sorted({result["provenance"]["commit"][:12] for result in others.values()})
+    devices = sorted({result["provenance"]["device"] for result in others.values()})
+    lines += ["", f"Bold: another verdict. Commit {', '.join(f'`{c}`' for c in commits)}; {', '.join(devices)}.", ""]
     return "\n".join(lines)
+
+
+def _seed_cell(claim: Claim, published: Outcome, one: Outcome) -> str:
+    value, verdicts = one.measurements.get(claim.id), one.verdicts()
+    if value is None:
+        return NOT_MEASURED
+    return f"{value}" if verdicts[claim.id] == published.verdicts()[claim.id] else f"**{value}**"

@@ -19,6 +19,11 @@ def outcome_on_record(checkout: Checkout, name: str, scale: str) -> Outcome | No
     return Outcome.from_result(checkout.claims(name), result) if result else None
 
 
+def other_seeds(checkout: Checkout, name: str, scale: str) -> dict[str, dict]:
+    """Results of other seeds than the default one, by seed."""
+    return (read_json(checkout.paper(name) / "spread.json") or {}).get(scale, {})
+
+
 def minutes(checkout: Checkout, name: str, scale: str) -> str:
     """How long the recorded run took."""
     result = record(checkout, name, scale)

@@ -175,6 +175,7 @@ def provenance(device: str) -> dict:
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
         "system": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if on_gpu else "CPU",
+        "processor": _processor(),
         "threads": torch.get_num_threads() if torch else None,
         "peak_memory_mb": round(_peak_memory() / 2**20),
         "data": dict(getattr(sys.modules.get("reprise.data"), "loaded", {})),
@@ -183,6 +184,15 @@ def provenance(device: str) -> dict:
     if on_gpu:
         facts["peak_device_memory_mb"] = round(torch.cuda.max_memory_allocated(device) / 2**20)
     return facts
+
+
+def _processor() -> str:
+    """The processor's name: sums of floats may differ from one to the next."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux, or not on x86
+        return platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:
