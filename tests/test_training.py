@@ -220,8 +220,19 @@ def test_nothing_is_shown_under_pytest(capfd, monkeypatch):
         fit("a", 3)
     assert capfd.readouterr() == ("", "")
     monkeypatch.delenv("PYTEST_VERSION")
-    monkeypatch.setattr(progress, "Bar", lambda name, steps, notebook: f"a bar for {steps} steps of {name}")
-    assert progress.display("a", 3) == "a bar for 3 steps of a"
+    monkeypatch.setattr(progress, "Bar", lambda name, steps, first, notebook: f"{first} of {steps} of {name}")
+    assert progress.display("a", 3, 1) == "1 of 3 of a"
+
+
+def test_the_time_left_counts_only_what_is_done_now(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    shown = progress.File("a", 1000, 900, tmp_path / "progress.jsonl")  # 900 steps were done before
+    for done in (910, 920):
+        now[0] += 5
+        shown.advance(done)
+    lines = [json.loads(line) for line in (tmp_path / "progress.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(line["step"], line["seconds_left"]) for line in lines] == [(900, None), (910, 45), (920, 40)]
 
 
 def test_progress_of_a_run_is_lines_of_json(tmp_path, monkeypatch, capfd):
