@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from reprise import checkpoints
+from reprise import checkpoints, figures, progress
 from reprise.training import Batches, seed_everything, train
 
 IMAGES, LABELS = torch.rand(90, 8, generator=torch.Generator().manual_seed(1)), torch.arange(90) % 3
@@ -143,11 +143,19 @@ def test_only_the_owner_of_a_folder_writes_to_it(folder, monkeypatch):
     monkeypatch.setenv("REPRISE_OWNER", "me")
     (folder / "owner").write_text("me", encoding="utf-8")
     Attempt(stop_at=3)
-    before = {path: path.read_bytes() for path in saved(folder)}
+    shown = progress.display("b", 3)
     (folder / "owner").write_text("somebody else", encoding="utf-8")
-    with pytest.raises(RuntimeError, match="its folder belongs to another run now"):
-        Attempt()
-    assert {path: path.read_bytes() for path in saved(folder)} == before
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    writes = [
+        Attempt,
+        shown.write,
+        lambda: checkpoints.save(saved(folder)[0], {"step": 1}),
+        lambda: figures.save(figures.plt.figure(), "a", "nothing to see"),
+    ]
+    for write in writes:
+        with pytest.raises(RuntimeError, match="its folder belongs to another run now"):
+            write()
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_anything_nested_survives(tmp_path):

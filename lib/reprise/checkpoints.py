@@ -1,6 +1,6 @@
 """Checkpoints of trainings: all that is needed to go on from a step, bit for bit, in one safetensors file.
 
-``train`` uses them during a run (``REPRISE_RUN``); no notebook mentions them. Tensors are stored as such, the rest as
+``train`` uses them during a run; no notebook mentions them. Tensors are stored as such, the rest as
 JSON beside them, so that reading a checkpoint never executes anything.
 """
 
@@ -19,6 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from . import run
+
 # Trainings that went on from a checkpoint, and the seconds they had taken before, for the record of the run.
 resumed: dict[str, float] = {}
 
@@ -29,13 +31,13 @@ def path_for(name: str, seed: int, steps: int) -> Path | None:
     The name covers the code of the notebook up to the cell that trains: an edit further down keeps it valid. It also
     covers the library, the parameters and the device, whose hash the runner gives (``REPRISE_CODE``).
     """
-    if not (run := os.environ.get("REPRISE_RUN")):
+    if (place := run.folder()) is None:
         return None
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     code = shell.user_ns.get("In", []) if shell is not None else []
     facts = [name, seed, steps, list(code), os.environ.get("REPRISE_CODE", "")]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
-    return Path(run) / "checkpoints" / f"{re.sub(r'[^A-Za-z0-9.]+', '_', name)}-{key}.safetensors"
+    return place / "checkpoints" / f"{re.sub(r'[^A-Za-z0-9.]+', '_', name)}-{key}.safetensors"
 
 
 def seconds_between() -> float:
@@ -50,7 +52,7 @@ def save(path: Path, state: dict) -> None:
         OSError: if it cannot be written; an earlier checkpoint is still there then.
         RuntimeError: if the run's folder has meanwhile been taken over by another process.
     """
-    require_ownership()
+    run.folder()  # is it still ours?
     tensors: dict[str, torch.Tensor] = {}
     text = json.dumps(_encode(state, tensors))
     path.parent.mkdir(exist_ok=True)
@@ -98,15 +100,6 @@ def restore_random_state(state: dict) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def require_ownership() -> None:
-    """Raise unless the run's folder still belongs to the runner that started this kernel."""
-    run, token = os.environ.get("REPRISE_RUN"), os.environ.get("REPRISE_OWNER")
-    if run and token:
-        owner = Path(run) / "owner"
-        if not owner.is_file() or owner.read_text(encoding="utf-8") != token:
-            raise RuntimeError("this kernel outlived its runner: its folder belongs to another run now")
 
 
 def _encode(value: object, tensors: dict[str, torch.Tensor]) -> object:

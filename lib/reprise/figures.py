@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
-from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Image, display
+
+from . import run
 
 # Okabe & Ito's palette, which stays apart under every common colour blindness. Ours is what the paper proposes.
 BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#6B6B6B"
@@ -73,8 +73,8 @@ def save(figure, name: str, alt: str) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     plt.close(figure)
-    if run := os.environ.get("REPRISE_RUN"):
-        folder = Path(run) / "figures"
+    if place := run.folder():
+        folder = place / "figures"
         folder.mkdir(exist_ok=True)
         (folder / f"{name}.png").write_bytes(buffer.getvalue())
         (folder / f"{name}.json").write_text(json.dumps({"alt": alt}), encoding="utf-8")

@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from . import run
+
 
 class Silent:
     """Shows nothing. The other displays have the same three methods."""
@@ -86,6 +88,7 @@ class File(Silent):
             "seconds_left": left,
             **values,
         }
+        run.folder()  # is it still ours?
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -95,8 +98,8 @@ class File(Silent):
 
 def display(name: str, steps: int, first: int = 0) -> Silent:
     """The display that suits where this process runs."""
-    if run := os.environ.get("REPRISE_RUN"):
-        return File(name, steps, first, Path(run) / "progress.jsonl")
+    if place := run.folder():
+        return File(name, steps, first, place / "progress.jsonl")
     if "PYTEST_VERSION" in os.environ:  # nbval compares outputs, and a bar never looks the same twice
         return Silent(name, steps, first)
     if _in_notebook():

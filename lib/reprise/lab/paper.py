@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from reprise import run
 
 from . import notebooks, tables
 from .checkout import Checkout
@@ -81,13 +80,10 @@ class Paper:
     def verdicts(self) -> None:
         """Print the verdict on every claim, without numbers, and hand the measurements to the runner."""
         self._require_all()
-        if run := os.environ.get("REPRISE_RUN"):
-            from reprise.checkpoints import require_ownership  # brings torch, which `reprise list` can do without
-
+        if place := run.folder():
             facts = provenance(str(self.device))
             record = {**self.outcome.as_json(), "timings": self.timings, "provenance": facts}
-            require_ownership()
-            write_json(Path(run) / "measurements.json", record)
+            write_json(place / "measurements.json", record)
         print(tables.verdicts_text(self.outcome))
 
     @property
