@@ -183,7 +183,7 @@ def test_other_parameters_give_measurements_without_verdicts(after_run, reprise)
     # It is the newest run, but not one that is published.
     told = reprise(after_run, "collect", "runs")
     assert told.returncode == 0, told.stderr
-    assert folder.name not in told.stdout
+    assert f"{folder.name}: refused, it was run with other parameters: steps 50\n" in told.stdout
     recorded = json.loads((after_run / "papers" / "tiny" / "results" / "quick.json").read_text(encoding="utf-8"))
     assert recorded == result_of(judged_run(after_run))
 

@@ -217,10 +217,10 @@ def test_an_edited_notebook_is_not_overwritten(after_run, monkeypatch):
     edited = path.read_text(encoding="utf-8").replace("The loss falls", "The loss drops")
     path.write_text(edited, encoding="utf-8")
     told = CliRunner().invoke(main, ["collect", "runs"])
-    assert told.exit_code == 0, told.output
+    assert told.exit_code == 2
+    assert re.fullmatch(r"reprise: tiny-\w+: refused, the notebook was edited since\n", told.stderr)
     assert path.read_text(encoding="utf-8") == edited
     assert not (after_run / "papers" / "tiny" / "results").exists()
-    assert re.search(r"^tiny quick: no run of the notebook as it stands", told.stdout, re.MULTILINE)
 
 
 def test_a_notebook_without_figures_and_a_guide(after_run, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 from reprise.lab.claims import Claim, Claims, Measurement, Range, Without, show
 from reprise.lab.errors import BadInput
 from reprise.lab.results import Outcome, from_json, measured, provenance, read_json, to_json, write_json
+from reprise.lab.tables import ablation_words
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,15 @@ def test_what_differs_from_the_record(holds, fails, taken_away, surprises):
     assert outcome(values, taken_away).surprises() == surprises
     assert outcome(values, taken_away, judged=False).surprises() == []
     assert outcome(values, taken_away, judged=False).verdicts() == {}
+
+
+@pytest.mark.parametrize("value", [0.5, 2.0])
+def test_what_fails_anyway_cannot_be_broken(value):
+    one = outcome({"holds": 0.5, "fails": 2}, 2)
+    without = Without("w", "the idea", ("fails",))
+    one.claims.without["w"], one.without["w"] = without, {"fails": Measurement(value)}
+    assert one.surprises() == []
+    assert ablation_words(without, one.claims.claims["fails"], one) == "shows nothing: the claim does not hold anyway"
 
 
 def test_what_is_missing():

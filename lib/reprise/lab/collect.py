@@ -13,27 +13,26 @@ from .results import read_json, write_json
 
 
 def collect(checkout: Checkout, folder: Path) -> list[str]:
-    """Take over every finished run below a folder, then write all pages anew. Left out are runs with other parameters
-    changed, and of notebooks that were edited since.
+    """Take over every finished run below a folder, then write all pages anew. Refused are runs with other parameters
+    changed, and quick ones of notebooks that were edited since.
 
     Returns:
-        A line for each thing done.
+        A line for each thing done or refused.
 
     Raises:
-        BadInput: if there is no finished run.
+        BadInput: if there is no finished run, or none that can be taken.
     """
     runs = [(path.parent, read_json(path)) for path in sorted(folder.glob("*/*/result.json"))]
     if not runs:
         raise BadInput(f"no finished run below {folder}: `reprise run` makes them")
-    newest = {}
+    lines, newest = [], {}
     for run, result in sorted(runs, key=lambda pair: pair[1]["provenance"]["finished"]):
-        if result["paper"] in checkout.names() and _is_current(checkout, run, result):
+        if objection := _objection(checkout, run, result):
+            lines.append(f"{run.name}: refused, {objection}")
+        else:
             newest[result["paper"], result["scale"], result["provenance"]["seed"]] = run, result
-    published = {(name, scale) for name, scale, seed in newest if seed == _default_seed(checkout, name)}
-    lines = [
-        f"{name} {scale}: no run of the notebook as it stands, with its own parameters and seed"
-        for name, scale in sorted({(result["paper"], result["scale"]) for _, result in runs} - published)
-    ]
+    if not newest:
+        raise BadInput("; ".join(lines))
     for (name, scale, seed), (run, result) in newest.items():
         if seed == _default_seed(checkout, name):
             _take(checkout, name, scale, run, result)
@@ -45,11 +44,19 @@ def collect(checkout: Checkout, folder: Path) -> list[str]:
     return lines + [f"{path.relative_to(checkout.root)}: written" for path in write_pages(checkout)]
 
 
-def _is_current(checkout: Checkout, run: Path, result: dict) -> bool:
-    """Whether a run is of the published kind: the notebook as it stands, with its own parameters."""
-    written = notebooks.read(checkout.notebook(result["paper"]))
-    same = notebooks.edit_hash(_as_written(run)) == notebooks.edit_hash(written)
-    return result["judged"] and (same or result["scale"] == "full")
+def _objection(checkout: Checkout, run: Path, result: dict) -> str:
+    """Why a run's numbers cannot be published; empty if they can."""
+    name = result["paper"]
+    if name not in checkout.names():
+        return f"there is no paper {name} here"
+    if not result["judged"]:
+        changed = ", ".join(f"{key} {value}" for key, value in result["parameters"].items())
+        return f"it was run with other parameters: {changed}"
+    # A full run takes hours; it carries its commit, and words around it may change without another one.
+    written = notebooks.read(checkout.notebook(name))
+    if result["scale"] == "quick" and notebooks.edit_hash(_as_written(run)) != notebooks.edit_hash(written):
+        return "the notebook was edited since"
+    return ""
 
 
 def _default_seed(checkout: Checkout, name: str) -> int:

@@ -21,6 +21,8 @@ def ablation_words(without: Without, claim: Claim, outcome: Outcome) -> str:
     value = outcome.without[without.id][claim.id]
     if not outcome.judged:
         return ""
+    if claim.ranges[outcome.scale].why:
+        return "shows nothing: the claim does not hold anyway"
     return "breaks, as it should" if without.broken(claim, outcome.scale, value) else "does not break"
 
 
