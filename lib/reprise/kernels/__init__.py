@@ -1,0 +1,9 @@
+"""The workshop of GPU kernels: CUDA C sources (``*.cu``), how to launch one, and the operations made of them.
+
+``Kernel`` launches a CUDA C function on tensors; ``README.md`` says how to add one and what is checked without a GPU.
+"""
+
+from .launch import Kernel
+from .warping import warp
+
+__all__ = ["Kernel", "warp"]

@@ -1,0 +1,47 @@
+"""Compiling CUDA C through CuPy and running it on CUDA tensors."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import numpy as np
+import torch
+
+
+def missing() -> str | None:
+    """Why kernels cannot run on CUDA tensors here, and what would help; None if they can."""
+    if importlib.util.find_spec("cupy") is None:
+        return "kernels run on CUDA tensors through CuPy, which is not installed (pip install 'cupy-cuda13x[ctk]')"
+    if not torch.cuda.is_available():
+        return "kernels run on CUDA tensors on a CUDA device; torch finds none"
+    return None
+
+
+def launch(
+    source: str,
+    name: str,
+    grid: tuple,
+    block: tuple,
+    arguments: list[np.ndarray],
+    shared_bytes: int,
+    device: torch.device,
+) -> None:
+    """Put the kernel on torch's current stream of the device, after what is there already, and return at once."""
+    kernel = _module(source).get_function(name)
+    import cupy
+
+    # CuPy has a stream of its own; there the kernel would run beside torch's work instead of after it.
+    stream = torch.cuda.current_stream(device)
+    with torch.cuda.device(device), cupy.cuda.Stream.from_external(stream):
+        kernel(grid, block, tuple(arguments), shared_mem=shared_bytes)
+
+
+@functools.cache
+def _module(source: str):
+    """A source as CuPy's module, which is compiled at its first launch on a device and kept in CuPy's own cache."""
+    if reason := missing():
+        raise RuntimeError(reason)
+    import cupy
+
+    return cupy.RawModule(code=source, options=("-std=c++17",))
