@@ -91,7 +91,7 @@ class Kernel:
         self,
         grid: int | tuple[int, ...],
         block: int | tuple[int, ...],
-        *arguments: Tensor | float | None | np.ndarray,
+        *arguments: Tensor | float | np.ndarray | None,
         shared_bytes: int = 0,
         device: torch.device | None = None,
     ) -> None:

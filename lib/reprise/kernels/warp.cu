@@ -18,7 +18,7 @@ struct Taps {          // the four pixels around a position
 };
 
 // Rounding comes last: a float beyond int's range has no int (CUDA and the CPU then differ), so we clamp before we cast.
-// fmax and fmin return their other argument for NaN, so NaN becomes pixel 0; `known` remembers it.
+// fmax and fmin return their other argument for NaN, so NaN becomes pixel 0, with a weight of NaN.
 __device__ inline Taps taps_at(REAL x, REAL y, int height, int width) {
     Taps t;
     const REAL right = (REAL)(width - 1), bottom = (REAL)(height - 1);
@@ -29,8 +29,8 @@ __device__ inline Taps taps_at(REAL x, REAL y, int height, int width) {
     t.x1 = min(t.x0 + 1, width - 1);
     t.y1 = min(t.y0 + 1, height - 1);
     t.known = x == x && y == y;
-    t.ax = inside_x - left;
-    t.ay = inside_y - top;
+    t.ax = x == x ? inside_x - left : x;
+    t.ay = y == y ? inside_y - top : y;
     t.free_x = x >= (REAL)0 && x <= right;
     t.free_y = y >= (REAL)0 && y <= bottom;
     return t;
@@ -52,7 +52,6 @@ extern "C" __global__ void __launch_bounds__(256) warp_forward(
     for (int n = blockIdx.z; n < batch; n += gridDim.z) {
         const FLOW* d = flow + plane(n, 0, 2, out_size) + pixel;
         const Taps t = taps_at(x + (REAL)d[0], y + (REAL)d[out_size], height, width);
-        const REAL unknown = t.known ? (REAL)0 : (REAL)NAN;
         const int p00 = t.y0 * width + t.x0, p01 = t.y0 * width + t.x1;
         const int p10 = t.y1 * width + t.x0, p11 = t.y1 * width + t.x1;
         const IMAGE* source = image + plane(n, 0, channels, in_size);
@@ -61,7 +60,7 @@ extern "C" __global__ void __launch_bounds__(256) warp_forward(
         for (int c = 0; c < channels; ++c, source += in_size, target += out_size) {
             const REAL v00 = source[p00], v01 = source[p01], v10 = source[p10], v11 = source[p11];
             const REAL above = v00 + t.ax * (v01 - v00), below = v10 + t.ax * (v11 - v10);
-            *target = (IMAGE)(above + t.ay * (below - above) + unknown);
+            *target = (IMAGE)(above + t.ay * (below - above));
         }
     }
 }
