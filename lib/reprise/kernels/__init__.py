@@ -4,6 +4,8 @@
 """
 
 from .launch import Kernel
+from .normalising import batch_norm
+from .adam import adam_step
 from .warping import warp
 
-__all__ = ["Kernel", "warp"]
+__all__ = ["Kernel", "adam_step", "batch_norm", "warp"]

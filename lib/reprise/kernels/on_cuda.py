@@ -8,10 +8,18 @@ import importlib.util
 import numpy as np
 import torch
 
+# Known once and for all, so that torch.compile can look through what depends on it.
+_CUPY = importlib.util.find_spec("cupy") is not None
+
+
+def usable(tensor: torch.Tensor) -> bool:
+    """Whether a kernel can take the place of PyTorch for this tensor: it is on a CUDA device, and CuPy is here."""
+    return _CUPY and tensor.is_cuda
+
 
 def missing() -> str | None:
     """Why kernels cannot run on CUDA tensors here, and what would help; None if they can."""
-    if importlib.util.find_spec("cupy") is None:
+    if not _CUPY:
         return "kernels run on CUDA tensors through CuPy, which is not installed (pip install 'cupy-cuda13x[ctk]')"
     if not torch.cuda.is_available():
         return "kernels run on CUDA tensors on a CUDA device; torch finds none"
