@@ -129,7 +129,7 @@ def _(*arguments) -> None:
 
 
 def _alike(row: tuple[Tensor, ...]) -> list[Tensor]:
-    """The tensors of one parameter so that the same place in memory means the same element in each; copies if need be."""
+    """The tensors of one parameter, or copies, so that a place in memory means the same element in each of them."""
     order = sorted(range(row[0].dim()), key=row[0].stride, reverse=True)
     if row[0].permute(order).is_contiguous() and all(t.stride() == row[0].stride() for t in row):
         return list(row)

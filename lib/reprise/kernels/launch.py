@@ -2,43 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 import re
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import on_cpu, on_cuda
+from .signature import C_TYPES, parameters
 
-C_TYPES = {
-    torch.float64: "double",
-    torch.float32: "float",
-    torch.float16: "__half",
-    torch.bfloat16: "__nv_bfloat16",
-    torch.int64: "long long",
-    torch.int32: "int",
-    torch.int16: "short",
-    torch.int8: "signed char",
-    torch.uint8: "unsigned char",
-    torch.bool: "bool",
-}
-_TENSORS = {c_type: dtype for dtype, c_type in C_TYPES.items()} | {"int64_t": torch.int64, "int32_t": torch.int32}
-_SCALARS = {
-    "double": np.float64,
-    "float": np.float32,
-    "long long": np.int64,
-    "int64_t": np.int64,
-    "int": np.int32,
-    "int32_t": np.int32,
-    "unsigned long long": np.uint64,
-    "size_t": np.uint64,
-    "unsigned int": np.uint32,
-    "unsigned": np.uint32,
-    "bool": np.bool_,
-}
 # What every present CUDA device takes; checked on the CPU, too, so that what runs here runs there.
 _GRID, _BLOCK, _THREADS, _SHARED_BYTES = (2**31 - 1, 65535, 65535), (1024, 1024, 64), 1024, 48 << 10
 
@@ -80,7 +52,7 @@ class Kernel:
 
     def __init__(self, source: str, name: str, *, file: str = "kernel.cu", **types: torch.dtype | str | int) -> None:
         words = {key: C_TYPES[value] if isinstance(value, torch.dtype) else str(value) for key, value in types.items()}
-        self.name, self.parameters = name, _signature(source, name, words)
+        self.name, self.parameters = name, parameters(source, name, words)
         defines = "".join(f"#define {key} {value}\n" for key, value in words.items())
         half = re.search(r"__half|__nv_bfloat16", defines + source)
         includes = "#include <cuda_fp16.h>\n#include <cuda_bf16.h>\n" if half else ""
@@ -137,68 +109,6 @@ class Kernel:
             found = ", ".join(sorted(map(str, devices))) or "none (name one: device=...)"
             raise ValueError(f"{self.name}: tensors must be on one device, got {found}")
         return devices.pop()
-
-
-@dataclass(frozen=True)
-class _Parameter:
-    text: str
-    type: str
-    pointer: bool
-
-    def convert(self, kernel: str, value: object) -> np.ndarray:
-        """A value as the bytes that the function takes: an array of one element."""
-        if self.pointer:
-            return np.array([0 if value is None else self._address(kernel, value)], np.uint64)
-        if isinstance(value, np.ndarray) and value.size == 1:  # a struct, or a number of a type of its own
-            return np.ascontiguousarray(value.reshape(1))
-        if self.type not in _SCALARS:
-            raise ValueError(f"{kernel}: `{self.text}` takes a NumPy array of one element, got {value!r}")
-        scalar = _SCALARS[self.type]
-        if isinstance(value, Tensor):
-            raise ValueError(f"{kernel}: `{self.text}` takes a number, got a tensor of shape {tuple(value.shape)}")
-        if np.issubdtype(scalar, np.integer):
-            limits = np.iinfo(scalar)
-            try:
-                number = operator.index(value)
-            except TypeError:
-                raise ValueError(f"{kernel}: `{self.text}` takes a whole number, got {value!r}") from None
-            if not limits.min <= number <= limits.max:
-                raise ValueError(f"{kernel}: {number} does not fit `{self.text}`")
-            return np.array([number], scalar)
-        return np.array([value], scalar)
-
-    def _address(self, kernel: str, value: object) -> int:
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{kernel}: `{self.text}` takes a tensor or None, got {value!r}")
-        wanted = _TENSORS.get(self.type)
-        if wanted not in (None, value.dtype):  # None: void, a struct, a typedef of the source's own
-            raise ValueError(f"{kernel}: `{self.text}` takes a tensor of {wanted}, got {value.dtype}")
-        if not value.is_contiguous():
-            raise ValueError(
-                f"{kernel}: `{self.text}` takes a contiguous tensor, got shape {tuple(value.shape)} with strides "
-                f"{value.stride()}; pass .contiguous()"
-            )
-        return value.data_ptr()
-
-
-@functools.lru_cache(maxsize=256)
-def _parameters(source: str, name: str) -> tuple[str, ...] | None:
-    code = re.sub(r"//[^\n]*|/\*.*?\*/", " ", source, flags=re.DOTALL)
-    bounds = r"(?:__launch_bounds__\s*\([^)]*\)\s*)?"
-    found = re.search(rf'extern\s+"C"\s+__global__\s+void\s+{bounds}{re.escape(name)}\s*\(([^)]*)\)', code)
-    return None if found is None else tuple(" ".join(text.split()) for text in found[1].split(",") if text.strip())
-
-
-def _signature(source: str, name: str, words: dict[str, str]) -> list[_Parameter]:
-    texts = _parameters(source, name)
-    if texts is None:
-        raise ValueError(f'the source has no `extern "C" __global__ void {name}(...)`')
-    found = []
-    for text in texts:
-        bare = re.sub(r"\b(const|volatile|struct|__restrict__|__grid_constant__)\b", " ", text)
-        kind = bare.replace("*", " ").split()[:-1]  # without the parameter's own name
-        found.append(_Parameter(text, " ".join(words.get(word, word) for word in kind), "*" in bare))
-    return found
 
 
 def _three(what: str, shape: int | tuple[int, ...], limits: tuple[int, ...]) -> tuple[int, int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from .signature import declared
 
 _SHIM = Path(__file__).with_name("cuda_on_cpu.h")
 _FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC", "-Wl,-Bsymbolic", "-Wno-unknown-pragmas")
@@ -63,15 +66,14 @@ def library(source: str) -> ctypes.CDLL:
 
 def _translate(source: str) -> str:
     """The little that macros cannot do: dynamic shared memory, fibers where needed, an entry for every kernel."""
-    names = re.findall(r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\([^)]*\)\s*)?(\w+)\s*\(', source)
-    source = re.sub(r"extern\s+__shared__\s+([\w\s]+?)\s+(\w+)\s*\[\s*\]", r"DYNAMIC_SHARED(\1, \2)", source)
-    source = re.sub(r"^\s*#include\s*<cuda_\w+\.h>", "", source, flags=re.MULTILINE)  # the shim has what they declare
-    fibers = "#define NEEDS_FIBERS\n" if re.search(r"__sync(threads|warp)|__shfl", source) else ""
     entries = "".join(
         f'extern "C" int run_{name}(void** arguments, const size_t* sizes, const unsigned* shape, size_t shared, '
         f"int threads) {{ return cuda_on_cpu::run({name}, arguments, sizes, shape, shared, threads); }}\n"
-        for name in names
+        for name in declared(source)
     )
+    source = re.sub(r"extern\s+__shared__\s+([\w\s]+?)\s+(\w+)\s*\[\s*\]", r"DYNAMIC_SHARED(\1, \2)", source)
+    source = re.sub(r"^\s*#include\s*<cuda_\w+\.h>", "", source, flags=re.MULTILINE)  # the shim has what they declare
+    fibers = "#define NEEDS_FIBERS\n" if re.search(r"__sync(threads|warp)|__shfl", source) else ""
     return f'{fibers}#include "{_SHIM.name}"\n{source}\n{entries}'
 
 
@@ -84,11 +86,10 @@ def _compiler_version() -> str:
 def _cache() -> Path:
     parent = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(parent, "reprise", "kernels")
-    try:
+    with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # a home that cannot be written to: compiled anew by every process
-        return Path(tempfile.mkdtemp(prefix="reprise-kernels-"))
-    return folder
+    # A home that cannot be written to: compiled anew by every process.
+    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="reprise-kernels-"))
 
 
 def _compile(text: str, flags: tuple[str, ...], path: Path) -> None:
