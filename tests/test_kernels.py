@@ -125,6 +125,31 @@ def test_a_missing_barrier_is_found():
     assert abs(out - x.sum()) > 1, "it happened to come out right: the order of the threads hides the bug"
 
 
+TREE_SUM = """
+extern "C" __global__ void tree_sum(float* out, const float* x) {
+    __shared__ float sums[64];
+    const int t = threadIdx.x;
+    sums[t] = x[t];
+    __syncthreads();  // before
+    for (int half = 32; half > 0; half /= 2) {
+        if (t < half) sums[t] += sums[t + half];
+        __syncthreads();  // within
+    }
+    if (t == 0) *out = sums[0];
+}
+"""
+
+
+@NEEDS_GPP
+@pytest.mark.parametrize("barrier", ["before", "within"])
+def test_either_barrier_of_a_tree_of_sums_is_missed(barrier):
+    x, out = torch.arange(64.0), torch.zeros(1)
+    Kernel(TREE_SUM, "tree_sum")(1, 64, out, x)
+    assert out == x.sum()
+    Kernel(TREE_SUM.replace(f"__syncthreads();  // {barrier}", ""), "tree_sum")(1, 64, out, x)
+    assert out != x.sum(), "it happened to come out right: the order of the threads hides the bug"
+
+
 @NEEDS_GPP
 def test_a_barrier_that_not_all_reach_is_an_error_and_no_hang():
     # Half of a warp waits for the block, half for the warp: on a GPU neither would ever go on.

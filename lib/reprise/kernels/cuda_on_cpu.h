@@ -149,10 +149,16 @@ template <class Body> static bool run_block(Body& body) {
         f.context.uc_link = &scheduler;
         makecontext(&f.context, fiber_main, 0);
     }
-    // Forwards and backwards in turns: a kernel that lacks a barrier does not get away with a lucky order.
-    for (bool backwards = false;; backwards = !backwards) {
-        for (int i = 0; i < threads; ++i) {
-            const int thread = backwards ? threads - 1 - i : i;
+    // In another order after each barrier, the same in every run: a kernel that lacks a barrier should not get away with
+    // a lucky one. (A tree of sums without its barriers comes out right from the last thread to the first.)
+    std::vector<int> order(threads);
+    for (int i = 0; i < threads; ++i) order[i] = i;
+    for (uint32_t random = 1;;) {
+        for (int i = threads - 1; i > 0; --i) {
+            random = random * 1664525u + 1013904223u;
+            std::swap(order[i], order[(random >> 16) % (i + 1)]);
+        }
+        for (const int thread : order) {
             if (fibers[thread].state != READY) continue;
             become(thread);
             swapcontext(&scheduler, &fibers[thread].context);
