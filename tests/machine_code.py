@@ -46,8 +46,12 @@ class Compiled(NamedTuple):
 
 def missing_compiler() -> str | None:
     """Why nothing can be compiled for a GPU here."""
-    if importlib.util.find_spec("cuda.bindings") is None if importlib.util.find_spec("cuda") else True:
-        return "needs NVRTC through cuda-bindings, which come with torch's CUDA builds and not with its CPU builds"
+    try:
+        from cuda.bindings import nvrtc
+
+        nvrtc.nvrtcVersion()
+    except (ImportError, RuntimeError, OSError):
+        return "needs NVRTC and cuda-bindings, which come with torch's CUDA builds and not with its CPU builds"
     return None
 
 
@@ -62,13 +66,9 @@ def compiled(source: str, architecture: str) -> Compiled:
     from cuda.bindings import nvrtc
     from cuda.pathfinder import find_nvidia_header_directory
 
-    options = [
-        f"-arch={architecture}",
-        "-std=c++17",
-        "-ftz=true",  # CuPy adds it always
-        "--ptxas-options=-v",
-        f"-I{find_nvidia_header_directory('cudart')}",
-    ]
+    headers = find_nvidia_header_directory("cudart")
+    # -ftz as CuPy has it always; ptxas then tells in the log what each function uses.
+    options = [f"-arch={architecture}", "-std=c++17", "-ftz=true", "--ptxas-options=-v", f"-I{headers}"]
     options = [option.encode() for option in options]
     _, program = nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], [])
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
