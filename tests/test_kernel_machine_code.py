@@ -6,12 +6,12 @@ import re
 
 import pytest
 import torch
-from machine_code import ARCHITECTURES, compiled, missing_compiler, nvdisasm
 
 from reprise.kernels import adam, normalising, warping
+from reprise.kernels.machine_code import ARCHITECTURES, compiled, missing_compiler, missing_disassembler
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=missing_compiler() or "")
-needs_nvdisasm = pytest.mark.skipif(nvdisasm() is None, reason="needs nvdisasm, which comes with Triton's wheel")
+needs_nvdisasm = pytest.mark.skipif(missing_disassembler() is not None, reason=missing_disassembler() or "")
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # What each source holds: function, and the registers that let enough threads share a multiprocessor's 65,536 to keep
@@ -76,33 +76,33 @@ def test_the_compilers_words_name_file_and_line():
 @needs_nvdisasm
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_the_warps_gradient_adds_atomically(dtype, architecture, tmp_path):
+def test_the_warps_gradient_adds_atomically(dtype, architecture):
     """On the CPU the threads of a block take turns: a plain += for an atomicAdd would pass every other test."""
     source = warping._kernel("warp_backward", dtype, dtype).source
     real = "F64" if dtype == torch.float64 else "F32"
-    code = compiled(source, architecture).instructions(tmp_path)
+    code = compiled(source, architecture).instructions()
     assert len(re.findall(ATOMIC_ADD.format(real), code["warp_backward"])) >= 4
     assert not re.search(r"\b(RED|ATOM)", code["warp_forward"])
 
     careless = re.sub(r"atomicAdd\((sums \+ p\d\d), ([^;]*)\);", r"*(\1) += \2;", source)
     assert careless.count("+= g *") == source.count("+= g *") + 4
-    code = compiled(careless, architecture).instructions(tmp_path)
+    code = compiled(careless, architecture).instructions()
     assert not re.search(ATOMIC_ADD.format(real), code["warp_backward"])
 
 
 @needs_nvdisasm
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_nothing_else_needs_atomics_and_nothing_lives_in_local_memory(architecture, tmp_path):
+def test_nothing_else_needs_atomics_and_nothing_lives_in_local_memory(architecture):
     for name in ("adam", "batch_norm"):
-        for function, code in compiled(SOURCES[name][0].source, architecture).instructions(tmp_path).items():
+        for function, code in compiled(SOURCES[name][0].source, architecture).instructions().items():
             assert not re.search(r"\b(RED|REDG|ATOM|ATOMG)\.", code), function
             assert not re.search(r"\b(STL|LDL)\b", code), function
 
 
 @needs_nvdisasm
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_four_elements_are_loaded_before_the_first_is_needed(architecture, tmp_path):
+def test_four_elements_are_loaded_before_the_first_is_needed(architecture):
     """What keeps memory busy: in Adam's loop 16 loads (four of each tensor) come before the first store."""
-    code = compiled(SOURCES["adam"][0].source, architecture).instructions(tmp_path)["adam_step"]
+    code = compiled(SOURCES["adam"][0].source, architecture).instructions()["adam_step"]
     order = re.findall(r"\b(LDG|STG)\.", code)
     assert order.index("STG") >= 16

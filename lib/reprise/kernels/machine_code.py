@@ -12,6 +12,9 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+# Ampere and Hopper, the data-centre GPUs of the last years (A100; H100 and H200).
+ARCHITECTURES = ("sm_80", "sm_90")
+
 
 class Compiled(NamedTuple):
     """One source for one architecture: what the compiler said, and the ELF file it made."""
@@ -37,6 +40,8 @@ class Compiled(NamedTuple):
 
     def instructions(self) -> dict[str, str]:
         """The machine code (SASS) of every function, as text."""
+        if reason := missing_disassembler():
+            raise RuntimeError(reason)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "kernel.cubin")
             path.write_bytes(self.cubin)
@@ -46,12 +51,27 @@ class Compiled(NamedTuple):
 
 
 def missing() -> str | None:
-    """Why no machine code can be shown here, and what would help; None if it can."""
-    if not _found("cuda.bindings.nvrtc"):
-        return "machine code needs NVRTC, which comes with torch's CUDA builds (pip install 'cuda-bindings[all]')"
-    if not _nvdisasm():
-        return "machine code is read by the nvdisasm inside Triton, which is not installed (pip install triton)"
+    """Why no machine code can be read here, and what would help; None if it can."""
+    return missing_compiler() or missing_disassembler()
+
+
+def missing_compiler() -> str | None:
+    """Why nothing can be compiled for a GPU here, and what would help; None if it can."""
+    try:
+        from cuda.bindings import nvrtc
+
+        nvrtc.nvrtcVersion()
+    except (ImportError, RuntimeError, OSError):
+        return (
+            "machine code needs NVRTC and cuda-bindings, which torch's CUDA builds for Linux bring along and its CPU "
+            "builds do not (pip install 'cuda-bindings[all]')"
+        )
     return None
+
+
+def missing_disassembler() -> str | None:
+    """Why machine code cannot be shown as text here, and what would help; None if it can."""
+    return None if _nvdisasm() else "machine code is read by the nvdisasm in Triton's wheel (pip install triton)"
 
 
 def compiled(source: str, architecture: str = "sm_90") -> Compiled:
@@ -59,23 +79,19 @@ def compiled(source: str, architecture: str = "sm_90") -> Compiled:
 
     Args:
         source: CUDA C++.
-        architecture: ``sm_80`` for Ampere (A100), ``sm_90`` for Hopper (H100, H200), and so on.
+        architecture: one of ``ARCHITECTURES``, or another that NVRTC knows.
 
     Raises:
         RuntimeError: when something is missing, or the source does not compile; the message has the compiler's words.
     """
-    if reason := missing():
+    if reason := missing_compiler():
         raise RuntimeError(reason)
     from cuda.bindings import nvrtc
     from cuda.pathfinder import find_nvidia_header_directory
 
-    options = [
-        f"-arch={architecture}",
-        "-std=c++17",
-        "-ftz=true",  # CuPy adds it always
-        "--ptxas-options=-v",
-        f"-I{find_nvidia_header_directory('cudart')}",
-    ]
+    headers = find_nvidia_header_directory("cudart")
+    # -ftz as CuPy has it always; ptxas then tells in the log what each function uses.
+    options = [f"-arch={architecture}", "-std=c++17", "-ftz=true", "--ptxas-options=-v", f"-I{headers}"]
     options = [option.encode() for option in options]
     _, program = nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], [])
     try:
@@ -92,13 +108,6 @@ def compiled(source: str, architecture: str = "sm_90") -> Compiled:
     finally:
         nvrtc.nvrtcDestroyProgram(program)
     return Compiled(text, cubin)
-
-
-def _found(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of a parent
-        return False
 
 
 def _nvdisasm() -> Path | None:
