@@ -67,7 +67,9 @@ def normalise(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     )
     for cell in notebook.cells:
         tags = cell.metadata.get("tags", [])
-        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+        # A solution stays folded until the reader opens it.
+        folded = {"jupyter": {"source_hidden": True}} if cell.metadata.get("jupyter", {}).get("source_hidden") else {}
+        cell.metadata = nbformat.from_dict(({"tags": tags} if tags else {}) | folded)
     notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     for count, cell in enumerate(code_cells(notebook), 1):
         cell.execution_count = count
