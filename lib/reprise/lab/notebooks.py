@@ -73,10 +73,23 @@ def normalise(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     for count, cell in enumerate(code_cells(notebook), 1):
         cell.execution_count = count
+        cell.outputs = _joined(cell.outputs)
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = count
     return notebook
+
+
+def _joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Prints arrive in pieces, others in each run; nothing should change where nothing did."""
+    found = []
+    for output in outputs:
+        before = found[-1] if found else {}
+        if output.output_type == before.get("output_type") == "stream" and output.name == before.name:
+            before.text += output.text
+        else:
+            found.append(output)
+    return found
 
 
 def write(notebook: nbformat.NotebookNode, path: Path) -> None:
