@@ -1,8 +1,9 @@
 """Speed against named peers in the same run: python tests/bench.py (make bench); make gpu also keeps the table.
 
 Every row is the median of single calls after a warm-up, its spread the distance between their quartiles. On a GPU calls
-are timed by its own events. Before anything is timed, ours and the peers must give the same result. ``--write`` puts
-the table into the page of the kernels, and is refused without a GPU: a kernel's speed on a CPU says nothing.
+are timed by its own events, and how long the host takes to ask for one stands beside it. Before anything is timed,
+ours and the peers must give the same result. ``--write`` puts the table into the page of the kernels, and is refused
+without a GPU: a kernel's speed on a CPU says nothing.
 """
 
 from __future__ import annotations
@@ -27,15 +28,16 @@ from reprise.lab.tables import align
 from reprise.training import Batches, declare, train
 
 PAGE = Path(__file__).resolve().parents[1] / "lib" / "reprise" / "kernels" / "README.md"
-HEAD = ("operation", "who", "median ms", "spread ms", "ours / peer", "share of a copy")
+HEAD = ("operation", "who", "median ms", "spread ms", "host ms", "ours / peer", "share of a copy")
 UNKNOWN = "not measured yet"
 
 
 @dataclass
 class Timing:
-    """Milliseconds of single calls."""
+    """Milliseconds of single calls, and of the host until it has asked for one."""
 
     calls: list[float]
+    host: float | None = None
 
     @property
     def median(self) -> float:
@@ -48,25 +50,40 @@ class Timing:
 
 
 def timed(work: Callable[[], object], device: torch.device, repeats: int = 30) -> Timing:
-    """Single calls after a warm-up: by CUDA events on a GPU, by the clock on the CPU."""
+    """Single calls after a warm-up: by the clock on the CPU, by CUDA events on a GPU."""
     for _ in range(5):
         work()
-    if device.type == "cpu":
-        calls = []
-        for _ in range(repeats):
-            started = time.perf_counter()
-            work()
-            calls.append((time.perf_counter() - started) * 1e3)
-        return Timing(calls)
-    # All calls are queued without waiting, so that the GPU is never idle: its time is what is measured.
-    pairs = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(max(repeats, 100))]
+    return _by_events(work, device) if device.type == "cuda" else Timing(_by_the_clock(work, repeats))
+
+
+def _by_the_clock(work: Callable[[], object], repeats: int) -> list[float]:
+    calls = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        calls.append((time.perf_counter() - started) * 1e3)
+    return calls
+
+
+def _by_events(work: Callable[[], object], device: torch.device, repeats: int = 100) -> Timing:
     torch.cuda.synchronize(device)
+    host = statistics.median(_by_the_clock(work, 10))
+    # A GPU that waits for Python would time Python. So it is first kept busy for longer than the host needs for all.
+    gigabyte = torch.empty(2**30, dtype=torch.uint8, device=device)
+    torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    gigabyte.zero_()
+    torch.cuda.synchronize(device)
+    fill = (time.perf_counter() - started) * 1e3
+    for _ in range(int(1.5 * repeats * host / fill) + 10):
+        gigabyte.zero_()
+    pairs = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(repeats)]
     for begin, end in pairs:
         begin.record()
         work()
         end.record()
     torch.cuda.synchronize(device)
-    return Timing([begin.elapsed_time(end) for begin, end in pairs])
+    return Timing([begin.elapsed_time(end) for begin, end in pairs], host)
 
 
 def copy_speed(device: torch.device) -> float:
@@ -84,9 +101,18 @@ def rows(
     own, lines = next(iter(timings.values())).median, []
     for who, timing in timings.items():
         share = f"{least_bytes / timing.median / copy:.0%}" if least_bytes else ""
-        ratio = f"{own / timing.median:.2f}"
-        lines.append(("" if lines else operation, who, f"{timing.median:.3f}", f"{timing.spread:.3f}", ratio, share))
+        host = "" if timing.host is None else f"{timing.host:.3f}"
+        figures = (f"{timing.median:.3f}", f"{timing.spread:.3f}", host, f"{own / timing.median:.2f}", share)
+        lines.append(("" if lines else operation, who, *figures))
     return lines
+
+
+def disagreement(mine: torch.Tensor, other: torch.Tensor) -> float:
+    """The share of numbers that differ by more than a thousandth of their spread.
+
+    A few may: where a position falls on a pixel, rounding decides which of two slopes is the gradient.
+    """
+    return ((mine - other).abs() > 1e-3 * other.std()).double().mean().item()
 
 
 def kernel_rows(comparison: Comparison, device: torch.device, copy: float) -> list[tuple[str, ...]]:
@@ -96,8 +122,8 @@ def kernel_rows(comparison: Comparison, device: torch.device, copy: float) -> li
     results = {who: work() for who, work in works.items()}
     ours = next(iter(results.values()))
     for who, theirs in results.items():
-        for mine, other in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-3, msg=lambda text, who=who: f"{who}: {text}")
+        worst = max(disagreement(mine, other) for mine, other in zip(ours, theirs, strict=True))
+        assert worst < 0.005, f"{who}: {worst:.1%} of the results differ from ours"
     # What a CPU's test sizes move stays in its cache, where a share of a copy from memory means nothing.
     least = comparison.least_bytes(size) if device.type == "cuda" else 0
     found = rows(comparison.title(size), works, device, least, copy)
@@ -166,7 +192,7 @@ def unmeasured() -> list[tuple[str, ...]]:
     for comparison in COMPARISONS:
         title = comparison.title(comparison.size("cuda"))
         for place, who in enumerate(comparison.who("cuda")):
-            lines.append(("" if place else title, who, UNKNOWN, UNKNOWN, "1.00" if place == 0 else UNKNOWN, UNKNOWN))
+            lines.append(("" if place else title, who, *[UNKNOWN] * (len(HEAD) - 2)))
     return lines
 
 

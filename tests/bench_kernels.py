@@ -104,14 +104,14 @@ def adam(size: tuple[int, ...], device: torch.device) -> list[Callable]:
     def kernel() -> list[Tensor]:
         nonlocal step
         step += 1
-        adam_step(ours, grads, m, v, None, step, lr=1e-3)
+        adam_step(ours, grads, m, v, None, step, lr=0.1)
         return ours
 
     def torchs(**kind: bool) -> Callable:
         params = [p.clone().requires_grad_() for p in start]
         for p, g in zip(params, grads, strict=True):
             p.grad = g
-        optimizer = torch.optim.Adam(params, lr=1e-3, **kind)
+        optimizer = torch.optim.Adam(params, lr=0.1, **kind)
 
         def work() -> list[Tensor]:
             optimizer.step()

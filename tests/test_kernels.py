@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from devices import NEEDS_GPP, on_every_device
 
+from reprise import kernels
 from reprise.kernels import Kernel, on_cpu, on_cuda
 
 SCALE = """
@@ -21,6 +23,7 @@ extern "C" __global__ void scale(SCALAR* __restrict__ y, const SCALAR* x, /* the
         y[i] = (SCALAR)(factor * (float)x[i]);
 }
 """
+PAGE = Path(kernels.__file__).with_name("README.md")
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -34,6 +37,15 @@ def test_the_same_call_for_every_type_and_device(dtype, device):
         (np.float32(0.3).item() * x.double()).to(dtype) if dtype == torch.float64 else (0.3 * x.float()).to(dtype)
     )
     torch.testing.assert_close(y, expected)
+
+
+@NEEDS_GPP
+def test_the_pages_example_runs():
+    (example,) = [part.partition("```")[0] for part in PAGE.read_text(encoding="utf-8").split("```python\n")[1:]]
+    names = {}
+    exec(example, names)
+    t = names["x"].clamp(0, 1)
+    torch.testing.assert_close(names["y"], t * t * (3 - 2 * t))
 
 
 REFUSED = [  # arguments, what the error shows
