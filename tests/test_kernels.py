@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -187,12 +188,11 @@ def test_half_precision_on_the_cpu_rounds_as_torch_does(dtype):
     assert torch.equal(narrow.signbit()[~x.isnan()], x.signbit()[~x.isnan()])
 
 
-@NEEDS_GPP
-def test_the_compilers_words_name_file_and_line():
-    with pytest.raises(RuntimeError, match=r"(?s)g\+\+ cannot compile.*lesson.cu:3.*not_declared"):
-        Kernel('extern "C" __global__ void f(float* x) {\n\nnot_declared = 1; }', "f", file="lesson.cu")(
-            1, 1, torch.zeros(1)
-        )
+@on_every_device
+def test_the_compilers_words_name_file_and_line(device):
+    source = 'extern "C" __global__ void f(float* x) {\n\nnot_declared = 1; }'
+    with pytest.raises(RuntimeError, match=r"(?s)cannot compile the kernel:.*lesson.cu.3.*not_declared"):
+        Kernel(source, "f", file="lesson.cu")(1, 1, torch.zeros(1, device=device))
 
 
 def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -237,51 +237,42 @@ def test_without_gpp_one_line_says_what_to_install(tmp_path):
 
 def test_without_cupy_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(on_cuda, "_CUPY", False)
-    on_cuda._module.cache_clear()
     with pytest.raises(RuntimeError, match=r"CuPy, which is not installed \(pip install 'cupy-cuda13x\[ctk\]'\)"):
         on_cuda.launch("", "f", (1, 1, 1), (1, 1, 1), [], 0, torch.device("cuda"))
 
 
 def test_what_cupy_is_given(monkeypatch):
     """The CUDA path without a GPU, against a stand-in for CuPy: stream, device and arguments, nothing computed."""
-    seen = {}
+    seen, entered = [], []
+
+    @contextlib.contextmanager
+    def entering(what):
+        entered.append(what)
+        yield
+        entered.remove(what)
 
     class Module:
         def __init__(self, code, options):
-            seen.update(code=code, options=options)
+            seen.append((code, options))
 
         def get_function(self, name):
-            return lambda grid, block, arguments, shared_mem: seen.update(
-                name=name, launch=(grid, block, shared_mem), arguments=arguments, stream=list(stack)
-            )
+            return lambda *launch, shared_mem: seen.append((name, launch, shared_mem, tuple(entered)))
 
-    class Entered:
-        def __init__(self, what):
-            self.what = what
-
-        def __enter__(self):
-            stack.append(self.what)
-
-        def __exit__(self, *error):
-            stack.remove(self.what)
-
-    stack = []
-    stream = types.SimpleNamespace(from_external=lambda given: Entered(("stream", given)))
-    fake = types.SimpleNamespace(RawModule=Module, cuda=types.SimpleNamespace(Stream=stream))
-    monkeypatch.setitem(sys.modules, "cupy", fake)
+    device, stream = torch.device("cuda:1"), types.SimpleNamespace(device_index=1)
+    compiler = types.SimpleNamespace(CompileException=ValueError)
+    cuda = types.SimpleNamespace(Stream=types.SimpleNamespace(from_external=entering), compiler=compiler)
+    fakes = {"cupy": types.SimpleNamespace(RawModule=Module, cuda=cuda), "cupy.cuda": cuda}
+    for name, module in (fakes | {"cupy.cuda.compiler": compiler}).items():
+        monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(on_cuda, "missing", lambda: None)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: Entered(("device", device)))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"current stream of {device}")
-    on_cuda._module.cache_clear()
-    device = torch.device("cuda:1")
-    values = [np.array([7], np.uint64), np.array([0.5], np.float32)]
-    on_cuda.launch("source", "f", (2, 1, 1), (32, 1, 1), values, 64, device)
-    on_cuda._module.cache_clear()
-    assert (seen["code"], seen["options"], seen["name"]) == ("source", ("-std=c++17",), "f")
-    assert seen["launch"] == ((2, 1, 1), (32, 1, 1), 64)
-    assert seen["stream"] == [("device", device), ("stream", "current stream of cuda:1")]
+    monkeypatch.setattr(torch.cuda, "device", entering)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda on: stream if on == device else None)
     # CuPy passes an array of one element by value, byte for byte; a bare Python number it would widen to 8 bytes.
-    assert [(value.dtype, value.size) for value in seen["arguments"]] == [(np.uint64, 1), (np.float32, 1)]
+    values = [np.array([7], np.uint64), np.array([0.5], np.float32)]
+    for _ in range(2):
+        on_cuda.launch("a source of this test", "f", (2, 1, 1), (32, 1, 1), values, 64, device)
+    launched = ("f", ((2, 1, 1), (32, 1, 1), tuple(values)), 64, (device, stream))
+    assert seen == [("a source of this test", ("-std=c++17",)), launched, launched], "compiled once"
 
 
 @pytest.mark.gpu

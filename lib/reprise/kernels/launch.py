@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import numpy as np
@@ -82,7 +83,7 @@ class Kernel:
             RuntimeError: when CuPy or g++ is missing, or the source does not compile; the message says what to do.
         """
         grid, block = _three("grid", grid, _GRID), _three("block", block, _BLOCK)
-        if np.prod(block) > _THREADS or not 0 <= shared_bytes <= _SHARED_BYTES:
+        if math.prod(block) > _THREADS or not 0 <= shared_bytes <= _SHARED_BYTES:
             raise ValueError(
                 f"{self.name}: a block has {_THREADS} threads and {_SHARED_BYTES} bytes of shared memory at most, "
                 f"got {block} and {shared_bytes}"
