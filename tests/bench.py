@@ -183,7 +183,7 @@ def where(device: torch.device) -> str:
     """What the figures were measured on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, one thread"
     cupy = next((d.version for d in importlib.metadata.distributions() if d.name.startswith("cupy")), "not installed")
-    return f"{name}, torch {torch.__version__}, CuPy {cupy}, {datetime.date.today():%-d %B %Y}"
+    return f"{name}, torch {torch.__version__}, CuPy {cupy}, {datetime.date.today().isoformat()}"
 
 
 def unmeasured() -> list[tuple[str, ...]]:

@@ -57,6 +57,7 @@ REFUSED = [  # arguments, what the error shows
     (lambda x: (x, x, 0.5, 4.0), r"`long long n` takes a whole number, got 4.0"),
     (lambda x: (x, x, 0.5, 2**63), r"9223372036854775808 does not fit `long long n`"),
     (lambda x: (x, x, None, 4), r"`float factor` takes a number, got None"),
+    (lambda x: (x, x, np.array([0.5]), 4), r"`float factor` takes a number, got array\(\[0.5\]\)"),
     (lambda x: (x, x, "0.5", 4), r"`float factor` takes a number, got '0.5'"),
     (lambda x: (x, x, 0.5, x), r"`long long n` takes a number, got a tensor of shape \(4,\)"),
     (lambda x: (x, x.to("meta"), 0.5, 4), r"tensors must be on one device, got cpu, meta"),
@@ -73,7 +74,17 @@ def test_arguments_that_do_not_fit_are_refused(arguments, shows):
 
 @pytest.mark.parametrize(
     ("grid", "block", "shared"),
-    [(0, 32, 0), (1, 0, 0), (1, 1025, 0), (1, (64, 32), 0), (1, (1, 1, 65), 0), ((1, 65536), 1, 0), (1, 1, 50_000)],
+    [
+        (0, 32, 0),
+        (2.5, 32, 0),
+        ((1, 1, 1, 1), 32, 0),
+        (1, 0, 0),
+        (1, 1025, 0),
+        (1, (64, 32), 0),
+        (1, (1, 1, 65), 0),
+        ((1, 65536), 1, 0),
+        (1, 1, 50_000),
+    ],
 )
 def test_launches_that_cuda_would_refuse_are_refused_on_the_cpu(grid, block, shared):
     x = torch.zeros(4)
@@ -103,6 +114,18 @@ def test_numbers_travel_with_their_exact_types():
     assert out.tolist() == [np.float32(0.1), 0.1, -(2**31), 2**32 - 1, (2**62 + 7) % 1000, 1, 2.5, 1]
     with pytest.raises(ValueError, match="argument 8 has 12 bytes"):  # packed, where C++ pads
         exact(1, 1, out, 1, 1, 1, 1, 1, True, np.zeros(1, [("first", np.float64), ("second", np.int32)]), None)
+
+
+@on_every_device
+def test_four_floats_at_once(device):
+    source = """extern "C" __global__ void reversed(float* y, const float* x) {
+        const float4 v = reinterpret_cast<const float4*>(x)[threadIdx.x];
+        reinterpret_cast<float4*>(y)[threadIdx.x] = make_float4(v.w, v.z, v.y, v.x);
+    }"""
+    x = torch.arange(32.0, device=device)
+    y = torch.empty_like(x)
+    Kernel(source, "reversed")(1, 8, y, x)
+    assert torch.equal(y, x.view(8, 4).flip(1).flatten())
 
 
 BLOCK_SUM = """

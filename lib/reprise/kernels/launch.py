@@ -114,7 +114,8 @@ class Kernel:
 
 def _three(what: str, shape: int | tuple[int, ...], limits: tuple[int, ...]) -> tuple[int, int, int]:
     given = tuple(shape) if isinstance(shape, (tuple, list)) else (shape,)
-    x, y, z = given + (1,) * (3 - len(given))
-    if not all(1 <= size <= limit for size, limit in zip((x, y, z), limits, strict=True)):
-        raise ValueError(f"{what} {given} is out of bounds: CUDA takes 1 to {limits}")
-    return x, y, z
+    sizes = given + (1,) * (3 - len(given))
+    whole = len(sizes) == 3 and all(isinstance(size, (int, np.integer)) for size in sizes)
+    if not whole or not all(1 <= size <= limit for size, limit in zip(sizes, limits, strict=True)):
+        raise ValueError(f"{what} {given} is out of bounds: CUDA takes whole numbers from 1 to {limits}")
+    return int(sizes[0]), int(sizes[1]), int(sizes[2])
