@@ -219,6 +219,15 @@ def test_no_parameters_and_leaves_that_want_gradients():
     assert leaf.is_leaf
 
 
+@NEEDS_GPP
+def test_autograd_knows_that_parameters_changed():
+    leaf = torch.ones(3, requires_grad=True)
+    loss = leaf.square().sum()  # its gradient needs the leaf as it was
+    adam_step([leaf], [torch.ones(3)], [torch.zeros(3)], [torch.zeros(3)], None, 1, lr=0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 @on_every_device
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_as_an_operator_of_torch(amsgrad, device):

@@ -19,7 +19,8 @@ from torch import nan, inf
 from reprise.kernels import adam_step, batch_norm, warp, warping, Kernel
 
 # Sizes beside every edge of a tile, of a warp and of a block; positions inside, outside, and nowhere.
-for shape, target in [((1, 1, 1, 1), (1, 1)), ((2, 3, 5, 7), (9, 33)), ((1, 2, 1, 40), (7, 31)), ((3, 1, 9, 1), (8, 32))]:
+images = (1, 1, 1, 1), (2, 3, 5, 7), (1, 2, 1, 40), (3, 1, 9, 1)
+for shape, target in zip(images, [(1, 1), (9, 33), (7, 31), (8, 32)]):
     for dtype in (torch.float32, torch.float16):
         image = torch.randn(shape).to(dtype).requires_grad_()
         flow = torch.randn(shape[0], 2, *target) * 5

@@ -36,7 +36,8 @@ def test_as_grid_sample_away_from_kinks(seed, device):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
 
 
-PAIRS = [(i, f) for i in warping._FLOATS for f in warping._FLOATS]
+PAIRS = [(t, t) for t in warping._FLOATS] + [(t, torch.float32) for t in warping._FLOATS if t != torch.float32]
+PAIRS += [(torch.float32, torch.float64), (torch.float32, torch.bfloat16)]
 
 
 @on_every_device

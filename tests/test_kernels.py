@@ -1,18 +1,16 @@
-"""The launcher: arguments of the right types, launches within bounds, barriers, and words that say what to do."""
+"""The launcher: arguments of the right types, launches within bounds, and what CUDA has that the CPU has to mimic."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from devices import NEEDS_GPP, on_every_device
 
-from reprise.kernels import Kernel, on_cpu, on_cuda
+from reprise import kernels
+from reprise.kernels import Kernel
 
 SCALE = """
 // A comment with extern "C" __global__ void decoy(int no) in it.
@@ -21,6 +19,7 @@ extern "C" __global__ void scale(SCALAR* __restrict__ y, const SCALAR* x, /* the
         y[i] = (SCALAR)(factor * (float)x[i]);
 }
 """
+PAGE = Path(kernels.__file__).with_name("README.md")
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -36,6 +35,15 @@ def test_the_same_call_for_every_type_and_device(dtype, device):
     torch.testing.assert_close(y, expected)
 
 
+@NEEDS_GPP
+def test_the_pages_example_runs():
+    (example,) = [part.partition("```")[0] for part in PAGE.read_text(encoding="utf-8").split("```python\n")[1:]]
+    names = {}
+    exec(example, names)
+    t = names["x"].clamp(0, 1)
+    torch.testing.assert_close(names["y"], t * t * (3 - 2 * t))
+
+
 REFUSED = [  # arguments, what the error shows
     (lambda x: (x, x, 0.5), r"scale\(SCALAR\* __restrict__ y, .*\) takes 4 arguments, got 3"),
     (lambda x: (x, x.double(), 0.5, 4), r"`const SCALAR\* x` takes a tensor of torch.float32, got torch.float64"),
@@ -44,6 +52,7 @@ REFUSED = [  # arguments, what the error shows
     (lambda x: (x, x, 0.5, 4.0), r"`long long n` takes a whole number, got 4.0"),
     (lambda x: (x, x, 0.5, 2**63), r"9223372036854775808 does not fit `long long n`"),
     (lambda x: (x, x, None, 4), r"`float factor` takes a number, got None"),
+    (lambda x: (x, x, np.array([0.5]), 4), r"`float factor` takes a number, got array\(\[0.5\]\)"),
     (lambda x: (x, x, "0.5", 4), r"`float factor` takes a number, got '0.5'"),
     (lambda x: (x, x, 0.5, x), r"`long long n` takes a number, got a tensor of shape \(4,\)"),
     (lambda x: (x, x.to("meta"), 0.5, 4), r"tensors must be on one device, got cpu, meta"),
@@ -60,7 +69,17 @@ def test_arguments_that_do_not_fit_are_refused(arguments, shows):
 
 @pytest.mark.parametrize(
     ("grid", "block", "shared"),
-    [(0, 32, 0), (1, 0, 0), (1, 1025, 0), (1, (64, 32), 0), (1, (1, 1, 65), 0), ((1, 65536), 1, 0), (1, 1, 50_000)],
+    [
+        (0, 32, 0),
+        (2.5, 32, 0),
+        ((1, 1, 1, 1), 32, 0),
+        (1, 0, 0),
+        (1, 1025, 0),
+        (1, (64, 32), 0),
+        (1, (1, 1, 65), 0),
+        ((1, 65536), 1, 0),
+        (1, 1, 50_000),
+    ],
 )
 def test_launches_that_cuda_would_refuse_are_refused_on_the_cpu(grid, block, shared):
     x = torch.zeros(4)
@@ -90,6 +109,18 @@ def test_numbers_travel_with_their_exact_types():
     assert out.tolist() == [np.float32(0.1), 0.1, -(2**31), 2**32 - 1, (2**62 + 7) % 1000, 1, 2.5, 1]
     with pytest.raises(ValueError, match="argument 8 has 12 bytes"):  # packed, where C++ pads
         exact(1, 1, out, 1, 1, 1, 1, 1, True, np.zeros(1, [("first", np.float64), ("second", np.int32)]), None)
+
+
+@on_every_device
+def test_four_floats_at_once(device):
+    source = """extern "C" __global__ void reversed(float* y, const float* x) {
+        const float4 v = reinterpret_cast<const float4*>(x)[threadIdx.x];
+        reinterpret_cast<float4*>(y)[threadIdx.x] = make_float4(v.w, v.z, v.y, v.x);
+    }"""
+    x = torch.arange(32.0, device=device)
+    y = torch.empty_like(x)
+    Kernel(source, "reversed")(1, 8, y, x)
+    assert torch.equal(y, x.view(8, 4).flip(1).flatten())
 
 
 BLOCK_SUM = """
@@ -200,103 +231,6 @@ def test_half_precision_on_the_cpu_rounds_as_torch_does(dtype):
     assert torch.equal(narrow.signbit()[~x.isnan()], x.signbit()[~x.isnan()])
 
 
-@NEEDS_GPP
-def test_the_compilers_words_name_file_and_line():
-    with pytest.raises(RuntimeError, match=r"(?s)g\+\+ cannot compile.*lesson.cu:3.*not_declared"):
-        Kernel('extern "C" __global__ void f(float* x) {\n\nnot_declared = 1; }', "f", file="lesson.cu")(
-            1, 1, torch.zeros(1)
-        )
-
-
-def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
-
-
-TRY = f"""
-import torch
-from reprise.kernels import Kernel
-x = torch.ones(4)
-try:
-    Kernel({SCALE!r}, "scale", SCALAR=torch.float32)(1, 4, x, x.clone(), 3.0, 4)
-    print(x.tolist())
-except RuntimeError as error:
-    print(error)
-"""
-
-
-@NEEDS_GPP
-def test_compiled_once_and_kept_in_the_users_cache(tmp_path):
-    times = []
-    for _ in range(2):
-        assert in_a_process(TRY, XDG_CACHE_HOME=str(tmp_path)).stdout == "[3.0, 3.0, 3.0, 3.0]\n"
-        (made,) = (tmp_path / "reprise" / "kernels").iterdir()  # one file, and nothing left of its making
-        times.append(made.stat().st_mtime_ns)
-    assert times[0] == times[1]
-
-
-@NEEDS_GPP
-def test_a_home_that_cannot_be_written_to(tmp_path):
-    (tmp_path / "file").write_text("where the folder should be")
-    assert in_a_process(TRY, XDG_CACHE_HOME=str(tmp_path / "file")).stdout == "[3.0, 3.0, 3.0, 3.0]\n"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the message is that it needs Linux")
-def test_without_gpp_one_line_says_what_to_install(tmp_path):
-    told = in_a_process(TRY, PATH=str(tmp_path)).stdout
-    assert told.splitlines() == [
-        "kernels run on CPU tensors through g++, which is not installed (Debian, Ubuntu: apt install g++)"
-    ]
-
-
-def test_without_cupy_one_line_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(on_cuda, "_CUPY", False)
-    on_cuda._module.cache_clear()
-    with pytest.raises(RuntimeError, match=r"CuPy, which is not installed \(pip install 'cupy-cuda13x\[ctk\]'\)"):
-        on_cuda.launch("", "f", (1, 1, 1), (1, 1, 1), [], 0, torch.device("cuda"))
-
-
-def test_what_cupy_is_given(monkeypatch):
-    """The CUDA path without a GPU, against a stand-in for CuPy: stream, device and arguments, nothing computed."""
-    seen = {}
-
-    class Module:
-        def __init__(self, code, options):
-            seen.update(code=code, options=options)
-
-        def get_function(self, name):
-            return lambda grid, block, arguments, shared_mem: seen.update(
-                name=name, launch=(grid, block, shared_mem), arguments=arguments, stream=list(stack)
-            )
-
-    class Entered:
-        def __init__(self, what):
-            self.what = what
-
-        def __enter__(self):
-            stack.append(self.what)
-
-        def __exit__(self, *error):
-            stack.remove(self.what)
-
-    stack = []
-    stream = types.SimpleNamespace(from_external=lambda given: Entered(("stream", given)))
-    fake = types.SimpleNamespace(RawModule=Module, cuda=types.SimpleNamespace(Stream=stream))
-    monkeypatch.setitem(sys.modules, "cupy", fake)
-    monkeypatch.setattr(on_cuda, "missing", lambda: None)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: Entered(("device", device)))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"current stream of {device}")
-    on_cuda._module.cache_clear()
-    device = torch.device("cuda:1")
-    values = [np.array([7], np.uint64), np.array([0.5], np.float32)]
-    on_cuda.launch("source", "f", (2, 1, 1), (32, 1, 1), values, 64, device)
-    on_cuda._module.cache_clear()
-    assert (seen["code"], seen["options"], seen["name"]) == ("source", ("-std=c++17",), "f")
-    assert seen["launch"] == ((2, 1, 1), (32, 1, 1), 64)
-    assert seen["stream"] == [("device", device), ("stream", "current stream of cuda:1")]
-    # CuPy passes an array of one element by value, byte for byte; a bare Python number it would widen to 8 bytes.
-    assert [(value.dtype, value.size) for value in seen["arguments"]] == [(np.uint64, 1), (np.float32, 1)]
-
-
 @pytest.mark.gpu
 def test_launches_follow_torchs_current_stream():
     x = torch.zeros(1 << 24, device="cuda")
@@ -311,8 +245,3 @@ def test_launches_follow_torchs_current_stream():
         scale(1024, 256, out, x, 2.0, x.numel())
     side.synchronize()
     assert torch.equal(out, torch.full_like(out, 100))
-
-
-def test_why_kernels_do_not_run_on_the_cpu_elsewhere(monkeypatch):
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert on_cpu.missing() == "kernels run on CPU tensors through GNU g++ on Linux only, this is darwin"

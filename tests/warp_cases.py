@@ -28,12 +28,23 @@ def by_gathering(image: Tensor, flow: Tensor) -> Tensor:
     return (1 - b) * above + b * below
 
 
-def by_grid_sample(image: Tensor, flow: Tensor) -> Tensor:
-    """What the field does without a kernel; sizes above 1 only, since the grid divides by size - 1."""
+def grid_of(flow: Tensor, height: int, width: int) -> Tensor:
+    """The flow as grid_sample wants it: absolute positions, -1 and 1 the centres of the outermost pixels.
+
+    Sizes above 1 only, since it divides by size - 1.
+    """
     rows, columns = flow.shape[2:]
     x = torch.arange(columns, device=flow.device).view(1, 1, -1) + flow[:, 0]
     y = torch.arange(rows, device=flow.device).view(1, -1, 1) + flow[:, 1]
-    grid = torch.stack([2 * x / (image.size(3) - 1) - 1, 2 * y / (image.size(2) - 1) - 1], -1)
+    return torch.stack([2 * x / (width - 1) - 1, 2 * y / (height - 1) - 1], -1)
+
+
+def by_grid_sample(image: Tensor, flow: Tensor) -> Tensor:
+    """What the field does without a kernel."""
+    return sampled(image, grid_of(flow, *image.shape[2:]))
+
+
+def sampled(image: Tensor, grid: Tensor) -> Tensor:
     return F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=True)
 
 

@@ -65,30 +65,35 @@ def adam_step(
         lists[4] = []
     numbers = [steps] * len(lists[0]) if isinstance(steps, int) else [int(step) for step in steps]
     _check(lists, numbers, amsgrad)
+    arguments = (*lists, numbers, lr, beta1, beta2, eps, weight_decay, bias_correction, maximize)
     with torch.no_grad():
-        _adam_step(*lists, numbers, lr, beta1, beta2, eps, weight_decay, bias_correction, maximize)
+        if torch.compiler.is_compiling():
+            torch.ops.reprise.adam_step(*arguments)
+            return
+        # Past the operator, whose bookkeeping for hundreds of tensors would take longer than the kernel; autograd has
+        # to know all the same that they changed.
+        _adam_step(*arguments)
+        torch.autograd.graph.increment_version([t for place in (0, 2, 3, 4) for t in lists[place]])
 
 
 def _check(lists: list[list[Tensor]], steps: list[int], amsgrad: bool) -> None:
-    count = len(lists[0])
-    lengths = [len(tensors) for tensors in lists[: 5 if amsgrad else 4]] + [len(steps)]
+    count, given = len(lists[0]), lists[: 5 if amsgrad else 4]
+    lengths = [len(tensors) for tensors in given] + [len(steps)]
     if set(lengths) != {count}:
         raise ValueError(f"adam_step takes lists of one length, got {lengths} (parameters, gradients, moments…, steps)")
     if min(steps, default=1) < 1:
         raise ValueError(f"adam_step counts steps from 1, got {min(steps)}")
-    for place, row in enumerate(zip(*lists[: 5 if amsgrad else 4], strict=True)):
-        facts = [(tuple(t.shape), t.dtype, t.device) for t in row]
-        if len(set(facts)) > 1:
-            shown = "; ".join(f"{shape} {dtype} {device}" for shape, dtype, device in facts)
-            raise ValueError(f"adam_step: parameter {place}, its gradient and moments differ: {shown}")
-        if row[0].dtype not in _FLOATS or any(t.layout != torch.strided for t in row):
-            raise ValueError(f"adam_step: parameter {place} must be dense and of floating dtype, got {row[0].dtype}")
+    # List by list, since hundreds of small tensors are looked at in every step.
+    facts = [[(t.shape, t.dtype, t.device, t.layout) for t in tensors] for tensors in given]
+    if any(other != facts[0] for other in facts[1:]):
+        place, row = next((place, row) for place, row in enumerate(zip(*facts, strict=True)) if len(set(row)) > 1)
+        shown = "; ".join(f"{tuple(shape)} {dtype} {device}" for shape, dtype, device, _ in row)
+        raise ValueError(f"adam_step: parameter {place}, its gradient and moments differ: {shown}")
+    for place, (_, dtype, _, layout) in enumerate(facts[0]):
+        if dtype not in _FLOATS or layout != torch.strided:
+            raise ValueError(f"adam_step: parameter {place} must be dense and of floating dtype, got {layout} {dtype}")
 
 
-_CHANGED = ("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
-
-
-@torch.library.custom_op("reprise::adam_step", mutates_args=_CHANGED)
 def _adam_step(
     params: list[Tensor],
     grads: list[Tensor],
@@ -104,12 +109,13 @@ def _adam_step(
     bias_correction: bool,
     maximize: bool,
 ) -> None:
-    rows = list(zip(params, grads, exp_avgs, exp_avg_sqs, *([max_exp_avg_sqs] if max_exp_avg_sqs else []), strict=True))
-    groups: dict[tuple, list[tuple[int, list[Tensor]]]] = {}
+    groups: dict[tuple, list[tuple[int, tuple[Tensor, ...]]]] = {}
     copied = []
-    for row, step in zip(rows, steps, strict=True):
+    lists = [params, grads, exp_avgs, exp_avg_sqs, *([max_exp_avg_sqs] if max_exp_avg_sqs else [])]
+    for row, step in zip(zip(*lists, strict=True), steps, strict=True):
         alike = _alike(row)
-        copied += [pair for place, pair in enumerate(zip(row, alike, strict=True)) if place != 1]
+        if alike is not row:
+            copied += [(row[place], alike[place]) for place in range(len(row)) if place != 1]
         if row[0].numel():
             groups.setdefault((row[0].device, row[0].dtype), []).append((step, alike))
     for (device, dtype), found in groups.items():
@@ -119,39 +125,41 @@ def _adam_step(
             table, blocks = _table(found[begin : begin + _TENSORS], real, lr, beta1, beta2, bias_correction)
             _kernel(dtype)(blocks, _THREADS, table, *numbers, device=device)
     for original, used in copied:
-        if used is not original:
-            original.copy_(used)
+        original.copy_(used)
 
 
-@_adam_step.register_fake
-def _(*arguments) -> None:
-    return None
+_OPERATOR = torch.library.custom_op(
+    "reprise::adam_step", _adam_step, mutates_args=("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
+)
+_OPERATOR.register_fake(lambda *arguments: None)
 
 
-def _alike(row: tuple[Tensor, ...]) -> list[Tensor]:
+def _alike(row: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The tensors of one parameter, or copies, so that a place in memory means the same element in each of them."""
+    if all(t.is_contiguous() for t in row):
+        return row
     order = sorted(range(row[0].dim()), key=row[0].stride, reverse=True)
     if row[0].permute(order).is_contiguous() and all(t.stride() == row[0].stride() for t in row):
-        return list(row)
-    return [t.contiguous() for t in row]
+        return row
+    return tuple(t.clone(memory_format=torch.contiguous_format) for t in row)
 
 
 def _table(
-    found: list[tuple[int, list[Tensor]]], real: type, lr: float, beta1: float, beta2: float, bias_correction: bool
+    found: list[tuple[int, tuple[Tensor, ...]]], real: type, lr: float, beta1: float, beta2: float, correct: bool
 ) -> tuple[np.ndarray, int]:
     """The kernel's struct Table, filled, and the number of blocks."""
-    table, blocks = np.zeros(1, _layout(real)), 0
-    entry = table[0]
-    for place, (step, row) in enumerate(found):
-        for name, tensor in zip(_POINTERS, row, strict=False):  # without amsgrad the last one stays null
-            entry[name][place] = tensor.data_ptr()
-        entry["size"][place] = row[0].numel()
-        entry["step_size"][place] = lr / (1 - beta1**step) if bias_correction else lr
-        entry["correction"][place] = (1 - beta2**step) ** -0.5 if bias_correction else 1.0
-        entry["first_block"][place] = blocks
-        blocks += -(-row[0].numel() // _CHUNK)
-    entry["first_block"][len(found) :] = blocks
-    return table, blocks
+    table, count = np.zeros(1, _layout(real)), len(found)
+    steps, rows = zip(*found, strict=True)
+    for name, tensors in zip(_POINTERS, zip(*rows, strict=True), strict=False):  # the last stays null without amsgrad
+        table[name][0, :count] = [t.data_ptr() for t in tensors]
+    sizes = np.array([row[0].numel() for row in rows], np.int64)
+    table["size"][0, :count] = sizes
+    table["step_size"][0, :count] = [lr / (1 - beta1**step) if correct else lr for step in steps]
+    table["correction"][0, :count] = [(1 - beta2**step) ** -0.5 if correct else 1.0 for step in steps]
+    ends = np.cumsum(-(-sizes // _CHUNK))
+    table["first_block"][0, 1:count] = ends[:-1]
+    table["first_block"][0, count:] = ends[-1]
+    return table, int(ends[-1])
 
 
 @functools.cache

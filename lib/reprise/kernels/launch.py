@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import numpy as np
@@ -82,7 +83,7 @@ class Kernel:
             RuntimeError: when CuPy or g++ is missing, or the source does not compile; the message says what to do.
         """
         grid, block = _three("grid", grid, _GRID), _three("block", block, _BLOCK)
-        if np.prod(block) > _THREADS or not 0 <= shared_bytes <= _SHARED_BYTES:
+        if math.prod(block) > _THREADS or not 0 <= shared_bytes <= _SHARED_BYTES:
             raise ValueError(
                 f"{self.name}: a block has {_THREADS} threads and {_SHARED_BYTES} bytes of shared memory at most, "
                 f"got {block} and {shared_bytes}"
@@ -113,7 +114,8 @@ class Kernel:
 
 def _three(what: str, shape: int | tuple[int, ...], limits: tuple[int, ...]) -> tuple[int, int, int]:
     given = tuple(shape) if isinstance(shape, (tuple, list)) else (shape,)
-    x, y, z = given + (1,) * (3 - len(given))
-    if not all(1 <= size <= limit for size, limit in zip((x, y, z), limits, strict=True)):
-        raise ValueError(f"{what} {given} is out of bounds: CUDA takes 1 to {limits}")
-    return x, y, z
+    sizes = given + (1,) * (3 - len(given))
+    whole = len(sizes) == 3 and all(isinstance(size, (int, np.integer)) for size in sizes)
+    if not whole or not all(1 <= size <= limit for size, limit in zip(sizes, limits, strict=True)):
+        raise ValueError(f"{what} {given} is out of bounds: CUDA takes whole numbers from 1 to {limits}")
+    return int(sizes[0]), int(sizes[1]), int(sizes[2])

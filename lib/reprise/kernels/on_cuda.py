@@ -36,20 +36,29 @@ def launch(
     device: torch.device,
 ) -> None:
     """Put the kernel on torch's current stream of the device, after what is there already, and return at once."""
-    kernel = _module(source).get_function(name)
+    if reason := missing():
+        raise RuntimeError(reason)
     import cupy
 
     # CuPy has a stream of its own; there the kernel would run beside torch's work instead of after it.
     stream = torch.cuda.current_stream(device)
     with torch.cuda.device(device), cupy.cuda.Stream.from_external(stream):
-        kernel(grid, block, tuple(arguments), shared_mem=shared_bytes)
+        _function(source, name, stream.device_index)(grid, block, tuple(arguments), shared_mem=shared_bytes)
+
+
+@functools.cache
+def _function(source: str, name: str, device: int):
+    """A kernel as CuPy's function on the current device; what is compiled is kept in CuPy's own cache on disk."""
+    from cupy.cuda.compiler import CompileException
+
+    try:
+        return _module(source).get_function(name)
+    except CompileException as error:
+        raise RuntimeError(f"NVRTC cannot compile the kernel:\n{error}") from error
 
 
 @functools.cache
 def _module(source: str):
-    """A source as CuPy's module, which is compiled at its first launch on a device and kept in CuPy's own cache."""
-    if reason := missing():
-        raise RuntimeError(reason)
     import cupy
 
     return cupy.RawModule(code=source, options=("-std=c++17",))

@@ -51,10 +51,10 @@ class Parameter:
         """A value as the bytes that the function takes: an array of one element."""
         if self.pointer:
             return np.array([0 if value is None else self._address(kernel, value)], np.uint64)
-        if isinstance(value, np.ndarray) and value.size == 1:  # a struct, or a number of a type of its own
+        if self.type not in _SCALARS:  # a struct, or a type of the source's own
+            if not isinstance(value, np.ndarray) or value.size != 1:
+                raise ValueError(f"{kernel}: `{self.text}` takes a NumPy array of one element, got {_shown(value)}")
             return np.ascontiguousarray(value.reshape(1))
-        if self.type not in _SCALARS:
-            raise ValueError(f"{kernel}: `{self.text}` takes a NumPy array of one element, got {_shown(value)}")
         scalar = _SCALARS[self.type]
         if not isinstance(value, (int, float, np.number, np.bool_)):
             raise ValueError(f"{kernel}: `{self.text}` takes a number, got {_shown(value)}")
