@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstring>
 #include <memory>
+#include <random>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -154,10 +155,14 @@ template <class Body> static bool run_block(Body& body) {
         f.context.uc_link = &scheduler;
         makecontext(&f.context, fiber_main, 0);
     }
-    // Forwards and backwards in turns: a kernel that lacks a barrier does not get away with a lucky order.
-    for (bool backwards = false;; backwards = !backwards) {
-        for (int i = 0; i < threads; ++i) {
-            const int thread = backwards ? threads - 1 - i : i;
+    // Shuffled anew after every barrier: a kernel that lacks one seldom gets away with a lucky order. Always the same
+    // shuffles, so that a result can be had again.
+    std::minstd_rand random;
+    std::vector<int> order(threads);
+    for (int i = 0; i < threads; ++i) order[i] = i;
+    for (;;) {
+        std::shuffle(order.begin(), order.end(), random);
+        for (int thread : order) {
             if (fibers[thread].state != READY) continue;
             become(thread);
             swapcontext(&scheduler, &fibers[thread].context);
