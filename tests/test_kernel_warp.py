@@ -164,7 +164,6 @@ def test_nan_stays_in_its_pixel_and_infinity_in_bounds(dtype, device):
         assert bool(out[n, :, y, x].isnan().all()) == np.isnan(value)
     before = warp(image, calm)
     assert torch.equal(out.movedim(1, -1)[~touched], before.movedim(1, -1)[~touched])
-    # Infinitely far is the border.
     torch.testing.assert_close(out[0, :, 5, 6], warp(image, flow.nan_to_num(0, 1000, -1000))[0, :, 5, 6])
     assert to_image.isfinite().all()
     assert to_flow.isfinite().all()

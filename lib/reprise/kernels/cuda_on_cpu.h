@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstring>
 #include <memory>
+#include <random>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -154,16 +155,14 @@ template <class Body> static bool run_block(Body& body) {
         f.context.uc_link = &scheduler;
         makecontext(&f.context, fiber_main, 0);
     }
-    // In another order after each barrier, the same in every run: a kernel that lacks a barrier should not get away with
-    // a lucky one. (A tree of sums without its barriers comes out right from the last thread to the first.)
+    // Shuffled anew after every barrier: a kernel that lacks one seldom gets away with a lucky order. Always the same
+    // shuffles, so that a result can be had again.
+    std::minstd_rand random;
     std::vector<int> order(threads);
     for (int i = 0; i < threads; ++i) order[i] = i;
-    for (uint32_t random = 1;;) {
-        for (int i = threads - 1; i > 0; --i) {
-            random = random * 1664525u + 1013904223u;
-            std::swap(order[i], order[(random >> 16) % (i + 1)]);
-        }
-        for (const int thread : order) {
+    for (;;) {
+        std::shuffle(order.begin(), order.end(), random);
+        for (int thread : order) {
             if (fibers[thread].state != READY) continue;
             become(thread);
             swapcontext(&scheduler, &fibers[thread].context);
