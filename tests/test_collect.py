@@ -58,6 +58,24 @@ def test_results_and_figures_come_as_they_are(collected):
         assert (paper / "figures" / "quick" / name).read_bytes() == (run / "figures" / name).read_bytes()
 
 
+def test_prints_in_pieces_are_joined():
+    pieces = [("stdout", "a"), ("stdout", "b"), ("stderr", "c"), ("stdout", "d")]
+    outputs = [nbformat.v4.new_output("stream", name=name, text=text) for name, text in pieces]
+    outputs.insert(1, nbformat.v4.new_output("display_data", {"text/plain": "x"}))
+    outputs.insert(1, nbformat.v4.new_output("stream", name="stdout", text="!"))
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1", outputs=outputs)])
+    (cell,) = notebooks.normalise(notebook).cells
+    assert [output.get("text") for output in cell.outputs] == ["a!", None, "b", "c", "d"]
+
+
+def test_a_folded_solution_stays_folded():
+    metadata = {"tags": ["keep"], "jupyter": {"source_hidden": True, "outputs_hidden": True}, "other": 1}
+    cells = [nbformat.v4.new_code_cell("1", metadata=metadata), nbformat.v4.new_code_cell("2")]
+    first, second = notebooks.normalise(nbformat.v4.new_notebook(cells=cells)).cells
+    assert first.metadata == {"tags": ["keep"], "jupyter": {"source_hidden": True}}
+    assert second.metadata == {}
+
+
 def test_the_notebook_is_normalised(collected, repository):
     path = collected / "notebooks" / "tiny.ipynb"
     text, notebook = path.read_text(encoding="utf-8"), nbformat.read(path, as_version=4)

@@ -65,14 +65,29 @@ def normalise(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     )
     for cell in notebook.cells:
         tags = cell.metadata.get("tags", [])
-        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+        # A solution stays folded until the reader opens it.
+        folded = {"jupyter": {"source_hidden": True}} if cell.metadata.get("jupyter", {}).get("source_hidden") else {}
+        cell.metadata = nbformat.from_dict(({"tags": tags} if tags else {}) | folded)
     notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     for count, cell in enumerate(code_cells(notebook), 1):
         cell.execution_count = count
+        cell.outputs = _joined(cell.outputs)
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = count
     return notebook
+
+
+def _joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Prints arrive in pieces, others in each run; nothing should change where nothing did."""
+    found = []
+    for output in outputs:
+        before = found[-1] if found else {}
+        if output.output_type == before.get("output_type") == "stream" and output.name == before.name:
+            before.text += output.text
+        else:
+            found.append(output)
+    return found
 
 
 def write(notebook: nbformat.NotebookNode, path: Path) -> None:
