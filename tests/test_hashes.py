@@ -11,7 +11,7 @@ import pytest
 from reprise.lab import notebooks, runner
 from reprise.lab.checkout import Checkout
 
-CELLS = ["from reprise.training import train", "x = 1  # one\nprint(x)"]
+CELLS = ["from reprise.training import train\nfrom reprise.functional import batch_norm", "x = 1  # one\nprint(x)"]
 
 
 def notebook(*sources: str) -> nbformat.NotebookNode:
@@ -53,6 +53,8 @@ def library(tmp_path) -> Path:
 CHANGES = {  # file, what is added, whether a notebook that imports `training` is another one then
     "imported": ("training.py", "\nanything = 1\n", True),
     "imported by it": ("progress.py", "\nanything = 1\n", True),
+    "a kernel of it": ("kernels/batch_norm.cu", "\n#define ANYTHING\n", True),
+    "a kernel's comment": ("kernels/batch_norm.cu", "\n// anything\n", False),
     "a comment": ("training.py", "\n# anything\n", False),
     "not imported": ("nn.py", "\nanything = 1\n", False),
     "laboratory": ("lab/tables.py", "\nanything = 1\n", False),

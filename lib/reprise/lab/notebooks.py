@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import nbformat
@@ -104,9 +105,16 @@ def run_hash(notebook: nbformat.NotebookNode, changed: dict[str, object], device
 
 
 def library_hash(notebook: nbformat.NotebookNode, changed: dict[str, object], device: str, library: Path) -> str:
-    """The same without the notebook's own code: what a checkpoint depends on beside the cells that led to it."""
+    """The same without the notebook's own code: what a checkpoint depends on beside the cells that led to it.
+
+    The sources of kernels belong to the package that launches them.
+    """
     modules = _imported({}, _sources(notebook), library)
     code = [_code_only(modules[name]) for name in sorted(modules)]
+    if "reprise.kernels" in modules:
+        kernels = library / "reprise" / "kernels"
+        sources = sorted(path for path in kernels.iterdir() if path.suffix in (".cu", ".h"))
+        code += [" ".join(re.sub(r"//.*", "", path.read_text(encoding="utf-8")).split()) for path in sources]
     return _hash([code, sorted(changed.items()), device])
 
 
