@@ -53,6 +53,13 @@ def wanted() -> str:
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
 
+def install(*what: object) -> int:
+    """Put packages into .venv, in the versions that are known to work together; the installer's exit status."""
+    uv = shutil.which("uv")
+    command = [uv, "pip", "install", "--quiet", "--python", PYTHON] if uv else [PYTHON, "-m", "pip", "install", "-qq"]
+    return run(*command, "--constraint", ROOT / "constraints.txt", *what)
+
+
 def setup() -> int:
     """Make .venv with all that tests need; at once if it is there already."""
     if PYTHON.exists() and STAMP.exists() and STAMP.read_text("utf-8") == wanted():
@@ -66,13 +73,11 @@ def setup() -> int:
     make = [uv, "venv", "--quiet", "--python", BASE, VENV] if uv else [BASE, "-m", "venv", VENV]
     if run(*make):
         stop("could not make .venv; the lines above say why")
-    install = [uv, "pip", "install", "--quiet", "--python", PYTHON] if uv else [PYTHON, "-m", "pip", "install", "-qq"]
-    constrained = ["--constraint", ROOT / "constraints.txt"]
     # Both from there, or they do not fit each other: torchvision is built against one build of torch.
     index = os.environ.get("TORCH_INDEX")
-    if index and run(*install, *constrained, "--index-url", index, "torch", "torchvision"):
+    if index and install("--index-url", index, "torch", "torchvision"):
         stop(f"torch and torchvision could not be installed from TORCH_INDEX={index}")
-    if run(*install, *constrained, "--editable", f"{ROOT}[dev]"):
+    if install("--editable", f"{ROOT}[dev]"):
         stop("the packages could not be installed; the lines above say which and why. Run the same command again")
     STAMP.write_text(wanted(), "utf-8")
     print(f"Set up in {time.monotonic() - started:.0f} s.", flush=True)
@@ -96,8 +101,13 @@ def bench() -> int:
 
 
 def gpu() -> int:
-    """Tests that need a GPU (skipped with the reason where there is none), then the benchmarks."""
-    return run(PYTHON, "-m", "pytest", "-q", "-rs", "-m", "gpu", "tests") or bench()
+    """Tests that need a GPU (skipped with the reason where there is none), then the benchmark, whose table is kept."""
+    # CuPy is large and of no use without a GPU, so it comes only now.
+    lacks_cupy = "import importlib.util, sys; sys.exit(importlib.util.find_spec('cupy') is None)"
+    if shutil.which("nvidia-smi") and run(PYTHON, "-c", lacks_cupy) and install("--editable", f"{ROOT}[cuda]"):
+        stop("CuPy could not be installed; the lines above say why. Run the same command again")
+    tested = run(PYTHON, "-m", "pytest", "-q", "-rs", "-m", "gpu", "tests")
+    return tested or run(PYTHON, ROOT / "tests" / "bench.py", "--write")
 
 
 def lab() -> int:

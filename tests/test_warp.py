@@ -278,3 +278,15 @@ def test_wrong_types_and_places_are_refused():
         warp(image, flow.long())
     with pytest.raises(ValueError, match=r"one device: cpu, meta"):
         warp(image, flow.to("meta"))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_as_on_the_cpu(image):
+    flow = off_the_kinks((2, 2, 5, 4), 6)
+    results = []
+    for device in ("cpu", "cuda"):
+        leaves = image.to(device).requires_grad_(), flow.to(device).requires_grad_()
+        moved = warp(*leaves)
+        results.append([one.cpu() for one in (moved, *torch.autograd.grad(moved.square().sum(), leaves))])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import kernels
+from .kernels import on_cuda
+
 
 def batch_norm(
     input: Tensor,
@@ -32,7 +35,8 @@ def batch_norm(
         eps: added to the variance, inside the root.
 
     Returns:
-        A tensor of the shape and dtype of ``input``.
+        A tensor of the shape and dtype of ``input``. When training on a CUDA tensor, and CuPy is installed, it is
+        computed by :func:`reprise.kernels.batch_norm`, which can be differentiated once only.
 
     Raises:
         ValueError: when training on a single value per channel, whose variance says nothing, or when not
@@ -50,13 +54,13 @@ def batch_norm(
                 f"batch normalisation cannot train on one value per channel (input of shape {tuple(input.shape)}): "
                 "use a larger batch, or eval()"
             )
+        if count and on_cuda.usable(input):
+            y, mean, var = kernels.batch_norm(input, weight, bias, eps)
+            _remember(running_mean, running_var, mean, var, count, momentum)
+            return y
         var, mean = torch.var_mean(x, others, correction=0, keepdim=True)
-        with torch.no_grad():  # an empty batch has no statistics to remember
-            if running_mean is not None and count:
-                running_mean.lerp_(mean.flatten().to(running_mean.dtype), momentum)
-            if running_var is not None and count:
-                unbiased = var.flatten() * (count / (count - 1))
-                running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+        if count:  # an empty batch has no statistics to remember
+            _remember(running_mean, running_var, mean.flatten(), var.flatten(), count, momentum)
     elif running_mean is None or running_var is None:
         raise ValueError("batch normalisation needs running_mean and running_var when it is not training")
     else:
@@ -68,6 +72,17 @@ def batch_norm(
     if bias is not None:
         y = y + bias.view(per_channel)
     return y.to(input.dtype)
+
+
+@torch.no_grad()
+def _remember(
+    running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor, count: int, momentum: float
+) -> None:
+    """Move the running statistics towards a batch's mean and biased variance."""
+    if running_mean is not None:
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+    if running_var is not None:
+        running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
 
 
 def warp(image: Tensor, flow: Tensor) -> Tensor:
@@ -88,12 +103,15 @@ def warp(image: Tensor, flow: Tensor) -> Tensor:
 
     Returns:
         A tensor of shape (N, C, H', W') and the dtype of ``image``. A pixel whose flow is not a number is not a
-        number itself, and hands no gradient on; no other pixel is touched by it.
+        number itself, and hands no gradient on; no other pixel is touched by it. On a CUDA tensor, where CuPy is
+        installed, it is computed by :func:`reprise.kernels.warp`, which can be differentiated once only.
 
     Raises:
         ValueError: for other shapes, an image without pixels, types that are not floating-point, or two devices.
     """
     _check_warp(image, flow)
+    if on_cuda.usable(image):
+        return kernels.warp(image, flow)
     # Half precision cannot count the pixels of a photograph; positions are single precision at least.
     exact = torch.promote_types(torch.promote_types(image.dtype, flow.dtype), torch.float32)
     y, x = (torch.arange(size, dtype=exact, device=flow.device) for size in flow.shape[2:])

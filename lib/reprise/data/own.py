@@ -133,9 +133,7 @@ def _guessed_from_both(rest: list[int], above: list[int], average: bool) -> list
     line = [0] * 6
     for i, difference in enumerate(rest, 6):
         a, b, c = line[i - 6], above[i], above[i - 6]
-        if average:
-            guess = (a + b) // 2
-        else:  # Paeth: whichever is nearest to a + b - c, ties in this order
-            guess = min((a, b, c), key=lambda one: abs(a + b - c - one))
+        # Without the average it is Paeth's: whichever is nearest to a + b - c, ties in this order.
+        guess = (a + b) // 2 if average else min((a, b, c), key=lambda one: abs(a + b - c - one))
         line.append((difference + guess) % 256)
     return line
