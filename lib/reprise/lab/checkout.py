@@ -60,6 +60,12 @@ class Checkout:
                 raise BadInput(f"no paper {name!r}; {hint}")
         return [name for name in present if name in names]
 
+    @property
+    def library(self) -> Path:
+        """The folder that has the package ``reprise``: this checkout's own, else where it is installed."""
+        own = self.root / "lib"
+        return own if (own / "reprise").is_dir() else Path(__file__).parents[2]
+
     def notebook(self, name: str) -> Path:
         return self.root / "notebooks" / f"{name}.ipynb"
 

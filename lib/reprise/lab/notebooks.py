@@ -14,8 +14,6 @@ from IPython.core.inputtransformer2 import TransformerManager
 from .errors import BadInput
 from .parameters import Parameter, parse_cell
 
-_LIBRARY = Path(__file__).parents[1]
-
 
 def read(path: Path) -> nbformat.NotebookNode:
     try:
@@ -81,18 +79,18 @@ def write(notebook: nbformat.NotebookNode, path: Path) -> None:
     path.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
 
 
-def run_hash(notebook: nbformat.NotebookNode, changed: dict[str, object], device: str) -> str:
+def run_hash(notebook: nbformat.NotebookNode, changed: dict[str, object], device: str, library: Path) -> str:
     """What a run computes: the notebook's code, the library modules it imports, both without comments and
     docstrings, the parameters that differ from their defaults, and the device.
 
     The laboratory is left out: it runs and judges, but computes nothing that is measured.
     """
-    return _hash([list(map(_code_only, _sources(notebook))), library_hash(notebook, changed, device)])
+    return _hash([list(map(_code_only, _sources(notebook))), library_hash(notebook, changed, device, library)])
 
 
-def library_hash(notebook: nbformat.NotebookNode, changed: dict[str, object], device: str) -> str:
+def library_hash(notebook: nbformat.NotebookNode, changed: dict[str, object], device: str, library: Path) -> str:
     """The same without the notebook's own code: what a checkpoint depends on beside the cells that led to it."""
-    modules = _imported({}, _sources(notebook))
+    modules = _imported({}, _sources(notebook), library)
     code = [_code_only(modules[name]) for name in sorted(modules)]
     return _hash([code, sorted(changed.items()), device])
 
@@ -105,8 +103,8 @@ def _sources(notebook: nbformat.NotebookNode) -> list[str]:
     return [TransformerManager().transform_cell(cell.source) for cell in code_cells(notebook)]
 
 
-def _imported(found: dict[str, str], sources: list[str], package: str = "") -> dict[str, str]:
-    """Every module of the library that the sources import, directly or not: {dotted name: source}."""
+def _imported(found: dict[str, str], sources: list[str], library: Path, package: str = "") -> dict[str, str]:
+    """Every module of the package in ``library`` that the sources import, directly or not: {dotted name: source}."""
     for source in sources:
         for node in ast.walk(_parse(source)):
             names = []
@@ -119,19 +117,19 @@ def _imported(found: dict[str, str], sources: list[str], package: str = "") -> d
                     base = ".".join([*parents, base]).rstrip(".")
                 names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
             for name in names:
-                _add_module(found, name)
+                _add_module(found, name, library)
     return found
 
 
-def _add_module(found: dict[str, str], name: str) -> None:
+def _add_module(found: dict[str, str], name: str, library: Path) -> None:
     parts = name.split(".")
     if parts[0] != "reprise" or parts[:2] == ["reprise", "lab"] or name in found:
         return
-    path = _LIBRARY.joinpath(*parts[1:])
+    path = library.joinpath(*parts)
     file, package = (path / "__init__.py", name) if path.is_dir() else (path.with_suffix(".py"), ".".join(parts[:-1]))
     if file.is_file():
         found[name] = file.read_text(encoding="utf-8")
-        _imported(found, [found[name]], package)
+        _imported(found, [found[name]], library, package)
 
 
 def _parse(source: str) -> ast.Module:

@@ -66,7 +66,7 @@ def plan(
         changed = {key: value for key, value in values.items() if value != declared[key].default}
         claims = checkout.claims(name)
         require_data(claims.data[scale])
-        facts = notebook, {k: v for k, v in changed.items() if k != "device"}, _device(values)
+        facts = notebook, {k: v for k, v in changed.items() if k != "device"}, _device(values), checkout.library
         recorded = read_json(checkout.paper(name) / "results" / f"{scale}.json") or {}
         jobs.append(
             Job(
@@ -161,15 +161,13 @@ def _start(checkout: Checkout, job: Job, commit: str, timeout: int | None, force
         if is_new:
             shutil.rmtree(job.folder, ignore_errors=True)
         raise BadInput(f"cannot write to {job.folder}: {error.strerror}") from None
-    library = checkout.root / "lib"
-    path = [str(library)] if library.is_dir() else []
     environment = {
         **os.environ,
         "REPRISE_RUN": str(job.folder.resolve()),
         "REPRISE_OWNER": owner,
         "REPRISE_CODE": job.library,
         # The library of the checkout that is served, whichever one is installed.
-        "PYTHONPATH": os.pathsep.join([*path, *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(checkout.library), os.environ.get("PYTHONPATH")])),
         # The kernel of this environment, even where the user has another one of the same name.
         "JUPYTER_PREFER_ENV_PATH": "1",
         # One thread each: two notebooks at a time on two cores, and the same sums everywhere.
