@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import struct
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -10,7 +12,7 @@ from PIL import Image
 
 from reprise.lab import Paper, notebooks
 from reprise.lab.errors import BadInput
-from reprise.lab.parameters import Picture, parse_cell, parse_options
+from reprise.lab.parameters import Companion, Flow, Picture, parse_cell, parse_options
 
 CELL = """
 scale: str = "quick"
@@ -95,6 +97,51 @@ def test_a_picture_is_found_from_the_callers_folder(tmp_path, monkeypatch):
     assert os.path.samefile(found, "mine.png")
     # What the runner hands to the notebook is a plain text again.
     assert DECLARED["picture"].check(str(found)) == found
+
+
+PAIR = parse_cell("left: Picture | None = None\nright: Companion | None = None\ntruth: Flow | None = None")
+
+
+@pytest.fixture
+def pair(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, size in {"a.png": (5, 4), "b.jpg": (5, 4), "b.ppm": (5, 4), "wide.png": (6, 4)}.items():
+        Image.new("RGB", size).save(name)
+    Path("a.flo").write_bytes(struct.pack("<fii40f", 202021.25, 5, 4, *range(40)))
+    Path("wide.flo").write_bytes(struct.pack("<fii48f", 202021.25, 6, 4, *range(48)))
+    Path("short.flo").write_bytes(struct.pack("<fii8f", 202021.25, 5, 4, *range(8)))
+
+
+@pytest.mark.parametrize("right", ["b.jpg", "b.ppm"])
+def test_a_pair_and_its_flow_are_accepted(pair, right):
+    given = parse_options(PAIR, (("truth", "a.flo"), ("right", right), ("left", "a.png")))
+    assert {name: type(value) for name, value in given.items()} == {"left": Picture, "right": Companion, "truth": Flow}
+    assert all(os.path.isabs(value) for value in given.values())
+    for name, value in given.items():
+        assert PAIR[name].check(str(value)) == value
+
+
+APART = [  # options, what the line must say
+    ({"left": "a.png"}, "parameter left needs right: give both (-p right FILE)"),
+    ({"right": "a.png"}, "parameter right needs left: give both"),
+    ({"truth": "a.flo"}, "parameter truth needs left: give both"),
+    ({"left": "a.png", "right": "none"}, "parameter left needs right: give both"),
+    ({"left": "a.png", "right": "wide.png"}, "parameter right: 6x4 pixels, but left has 5x4"),
+    ({"left": "a.png", "right": "b.jpg", "truth": "wide.flo"}, "parameter truth: 6x4 pixels, but left has 5x4"),
+    ({"left": "a.flo", "right": "b.jpg"}, "parameter left: a.flo cannot be read as a picture"),
+    ({"left": "a.png", "right": "no.png"}, "parameter right: there is no file no.png"),
+    ({"left": "a.png", "right": "b.jpg", "truth": "a.png"}, "parameter truth: a.png is no flow: KITTI's png has three"),
+    ({"left": "a.png", "right": "b.jpg", "truth": "b.jpg"}, "parameter truth: b.jpg is no flow: neither a .flo file"),
+    ({"left": "a.png", "right": "b.jpg", "truth": "short.flo"}, "parameter truth: short.flo is damaged: 44 bytes"),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), APART)
+def test_files_that_do_not_belong_together_are_refused(pair, options, said):
+    with pytest.raises(BadInput) as caught:
+        parse_options(PAIR, tuple(options.items()))
+    assert said in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 CHECKED = [  # in the notebook itself: name, value, whether it fits

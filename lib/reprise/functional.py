@@ -83,3 +83,74 @@ def _remember(
         running_mean.lerp_(mean.to(running_mean.dtype), momentum)
     if running_var is not None:
         running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+
+
+def warp(image: Tensor, flow: Tensor) -> Tensor:
+    """Move an image along a flow: every target pixel looks up where the flow says it came from.
+
+    With (x, y) a target pixel and (dx, dy) the flow there, output[:, :, y, x] is the image at (x + dx, y + dy),
+    interpolated between its four nearest pixels (Jaderberg et al. 2015, arXiv 1506.02025, Eq. 5):
+
+        sum over n, m of image[n, m] * max(0, 1 - |x + dx - m|) * max(0, 1 - |y + dy - n|)
+
+    Outside the image its border is repeated. Differentiable in the image and, but for the kinks at whole pixels, in
+    the flow; at a kink, the slope towards larger coordinates is taken, outside the image it is zero.
+
+    Args:
+        image: shape (N, C, H, W), of a floating-point type.
+        flow: shape (N, 2, H', W') in pixels of the image, dx (to the right) before dy (down). H' and W' are the
+            output's and need not be the image's.
+
+    Returns:
+        A tensor of shape (N, C, H', W') and the dtype of ``image``. A pixel whose flow is not a number is not a
+        number itself, and hands no gradient on; no other pixel is touched by it. On a CUDA tensor, where CuPy is
+        installed, it is computed by :func:`reprise.kernels.warp`, which can be differentiated once only.
+
+    Raises:
+        ValueError: for other shapes, an image without pixels, types that are not floating-point, or two devices.
+    """
+    _check_warp(image, flow)
+    if on_cuda.usable(image):
+        return kernels.warp(image, flow)
+    # Half precision cannot count the pixels of a photograph; positions are single precision at least.
+    exact = torch.promote_types(torch.promote_types(image.dtype, flow.dtype), torch.float32)
+    y, x = (torch.arange(size, dtype=exact, device=flow.device) for size in flow.shape[2:])
+    # A flow that is not a number looks up pixel 0 and is marked in the end: no index may come from it.
+    unknown = flow.isnan().any(1, keepdim=True)
+    dx, dy = torch.where(unknown, 0, flow).to(exact).unbind(1)
+    x0, x1, a = _neighbours(x + dx, image.shape[3])
+    y0, y1, b = _neighbours(y[:, None] + dy, image.shape[2])
+
+    pixels = image.to(exact).flatten(2)  # (N, C, H * W)
+
+    def at(row: Tensor, column: Tensor) -> Tensor:
+        index = (row * image.shape[3] + column).flatten(1)[:, None].expand(-1, image.shape[1], -1)
+        return pixels.gather(2, index).unflatten(2, flow.shape[2:])
+
+    top = torch.lerp(at(y0, x0), at(y0, x1), a)
+    bottom = torch.lerp(at(y1, x0), at(y1, x1), a)
+    return torch.where(unknown, torch.nan, torch.lerp(top, bottom, b)).to(image.dtype)
+
+
+def _neighbours(position: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices of the pixels before and after positions (N, H', W') along an axis, and how far each is on the way
+    between them (N, 1, H', W'). Outside, both are the pixel at the border."""
+    # In floating point and before any index: a flow may be huge, or infinite. One pixel further than the border on
+    # either side the two neighbours are the same pixel, so nothing is lost, and an infinite slope cannot arise.
+    position = position.clamp(-1, size)
+    before = position.detach().floor()
+    way = (position - before)[:, None]
+    index = before.long()
+    return index.clamp(0, size - 1), (index + 1).clamp(0, size - 1), way
+
+
+def _check_warp(image: Tensor, flow: Tensor) -> None:
+    shapes = f"image of shape {tuple(image.shape)}, flow of shape {tuple(flow.shape)}"
+    if image.dim() != 4 or flow.dim() != 4 or flow.size(1) != 2 or image.size(0) != flow.size(0):
+        raise ValueError(f"warp needs an image (N, C, H, W) and a flow (N, 2, H', W'): {shapes}")
+    if 0 in image.shape[2:]:
+        raise ValueError(f"warp needs an image with pixels: {shapes}")
+    if not (image.is_floating_point() and flow.is_floating_point()):
+        raise ValueError(f"warp needs floating-point numbers: image of {image.dtype}, flow of {flow.dtype}")
+    if image.device != flow.device:
+        raise ValueError(f"warp needs image and flow on one device: {image.device}, {flow.device}")

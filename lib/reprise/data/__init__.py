@@ -13,8 +13,9 @@ from torch import Tensor
 
 from . import bundled, downloads, letters
 from .files import DataError, at_hand, descriptions, obtain_all
+from .own import read_pair
 
-__all__ = ["DataError", "at_hand", "describe", "descriptions", "load", "loaded", "obtain_all"]
+__all__ = ["DataError", "at_hand", "describe", "descriptions", "load", "loaded", "obtain_all", "read_pair"]
 
 _LOADERS = {
     "digits": bundled.digits,

@@ -17,8 +17,17 @@ class Picture(str):
     """A path to a picture of the reader's own, resolved against the folder the command is given in."""
 
 
+class Companion(Picture):
+    """A picture that belongs to the ``Picture`` of the same notebook: given together with it, and of its size."""
+
+
+class Flow(str):
+    """A path to a flow measured for that picture, a ``.flo`` or a png of KITTI's, of its size."""
+
+
 # What an annotation may mention; it is evaluated with nothing else in reach.
-_NAMES = {"str": str, "int": int, "float": float, "bool": bool, "Picture": Picture, "Literal": typing.Literal}
+_FILES = {"Picture": Picture, "Companion": Companion, "Flow": Flow}
+_NAMES = {"str": str, "int": int, "float": float, "bool": bool, **_FILES, "Literal": typing.Literal}
 
 # Parameters that every notebook has mean the same everywhere.
 _EVERYWHERE = {"scale": SCALES}
@@ -69,8 +78,8 @@ class Parameter:
                     return kind(text)
                 except ValueError:
                     continue
-            if kind is Picture:
-                return _open_picture(self.name, text)
+            if kind in _FILES.values():
+                return kind(_open(self.name, text, kind)[0])
             if kind is str or (not isinstance(kind, type) and str(kind) == text):
                 return self.check(text if kind is str else kind)
         raise self.fail(text, self.wanted())
@@ -83,7 +92,9 @@ class Parameter:
         """
         kinds = {kind for kind in self.allowed if isinstance(kind, type)}
         fits = type(value) in kinds
-        fits = fits or (float in kinds and type(value) is int) or (Picture in kinds and isinstance(value, str))
+        fits = (
+            fits or (float in kinds and type(value) is int) or (kinds & set(_FILES.values()) and isinstance(value, str))
+        )
         literals = [kind for kind in self.allowed if not isinstance(kind, type)]
         if (not fits and value not in literals) or (type(value) is float and not math.isfinite(value)):
             raise self.fail(value, self.wanted())
@@ -101,6 +112,8 @@ class Parameter:
             str: "text",
             bool: "true or false",
             Picture: "a picture",
+            Companion: "a picture",
+            Flow: "a flow",
             type(None): "none",
         }
         return " or ".join(words[kind] if isinstance(kind, type) else str(kind) for kind in self.allowed)
@@ -137,18 +150,35 @@ def parse_options(declared: dict[str, Parameter], options: tuple[tuple[str, str]
         if name not in declared:
             raise BadInput(f"no parameter {name!r}; there are: {', '.join(declared)}")
         values[name] = declared[name].check(declared[name].parse(text))
+    _check_companions(declared, values)
     return values
 
 
-def _open_picture(name: str, text: str) -> Picture:
-    from PIL import Image
+def _check_companions(declared: dict[str, Parameter], values: dict[str, object]) -> None:
+    """Pictures and flows that belong together are given together and have one size."""
+    of_kind = {kind: [name for name in declared if kind in declared[name].allowed] for kind in _FILES.values()}
+    companions = of_kind[Companion] + of_kind[Flow]
+    if not companions:
+        return
+    (leader,) = of_kind[Picture]
+    given = [name for name in (leader, *companions) if values.get(name) is not None]
+    needed = [leader, *of_kind[Companion]]
+    if missing := [name for name in needed if given and name not in given]:
+        raise BadInput(f"parameter {given[0]} needs {missing[0]}: give both (-p {missing[0]} FILE)")
+    sizes = {name: _open(name, values[name], type(values[name]))[1] for name in given}
+    for name in given:
+        if sizes[name] != sizes[leader]:
+            words = ["x".join(map(str, sizes[one])) for one in (name, leader)]
+            raise BadInput(f"parameter {name}: {words[0]} pixels, but {leader} has {words[1]}")
+
+
+def _open(name: str, text: str, kind: type) -> tuple[Path, tuple[int, int]]:
+    """Check a file by reading it; its path and its width and height."""
+    from reprise.data.own import DataError, read_flow, read_picture
 
     path = Path(text).expanduser().resolve()
     try:
-        with Image.open(path) as picture:
-            picture.load()
-    except FileNotFoundError:
-        raise BadInput(f"parameter {name}: there is no file {text}") from None
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise BadInput(f"parameter {name}: {text} cannot be read as a picture ({error})") from None
-    return Picture(path)
+        tensor = (read_flow if kind is Flow else read_picture)(path)
+    except DataError as error:
+        raise BadInput(f"parameter {name}: {str(error).replace(str(path), text)}") from None
+    return path, (tensor.shape[3], tensor.shape[2])
