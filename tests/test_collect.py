@@ -195,6 +195,10 @@ def test_figures_of_full_runs_are_shown_with_their_origin(collected, monkeypatch
     monkeypatch.setattr(exhibits, "display", shown.append)
     exhibits.published("tiny", "loss")
     assert [one.data for one in shown] == ["*Full scale: not measured yet.*"]
+    exhibits.published("tiny", "loss", or_quick=True)
+    assert shown[2].data.startswith("*Quick scale (full scale: not measured yet): digits, on one CPU, ")
+    shown = shown[:1]
+    monkeypatch.setattr(exhibits, "display", shown.append)
     paper = collected / "papers" / "tiny"
     shutil.copytree(paper / "figures" / "quick", paper / "figures" / "full")
     shutil.copy(paper / "results" / "quick.json", paper / "results" / "full.json")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from reprise.lab import Paper, notebooks
 from reprise.lab.errors import BadInput
-from reprise.lab.parameters import Companion, Flow, Picture, parse_cell, parse_options
+from reprise.lab.parameters import Companion, Flow, Picture, fingerprint, parse_cell, parse_options
 
 CELL = """
 scale: str = "quick"
@@ -236,3 +236,12 @@ def test_a_paper_needs_all_parameters_and_a_name_it_knows(tiny, monkeypatch):
 def test_other_parameters_than_seed_scale_and_device_suspend_judgement(tiny, monkeypatch, changed, judged):
     monkeypatch.chdir(tiny)
     assert Paper("tiny", TINY | changed).outcome.judged is judged
+
+
+def test_a_file_counts_by_its_content(tmp_path):
+    first, second = tmp_path / "a.flo", tmp_path / "b.flo"
+    first.write_bytes(b"one"), second.write_bytes(b"one")
+    assert fingerprint(Flow(first)) == fingerprint(Picture(second))
+    second.write_bytes(b"two")
+    assert fingerprint(Flow(first)) != fingerprint(Picture(second))
+    assert [fingerprint(value) for value in (3, "text", None)] == [3, "text", None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import math
 import types
 import typing
@@ -152,6 +153,13 @@ def parse_options(declared: dict[str, Parameter], options: tuple[tuple[str, str]
         values[name] = declared[name].check(declared[name].parse(text))
     _check_companions(declared, values)
     return values
+
+
+def fingerprint(value: object) -> object:
+    """What a value means to a run: for a file its content, since another picture may come to lie at the same path."""
+    if type(value) in _FILES.values():
+        return hashlib.sha256(Path(value).read_bytes()).hexdigest()
+    return value
 
 
 def _check_companions(declared: dict[str, Parameter], values: dict[str, object]) -> None:

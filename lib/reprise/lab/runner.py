@@ -17,7 +17,7 @@ from . import notebooks
 from .checkout import Checkout
 from .claims import Claims
 from .errors import CANNOT_WRITE, BadInput
-from .parameters import parse_options
+from .parameters import fingerprint, parse_options
 from .results import LOCK, Outcome, is_locked, read_json, write_json
 
 _UNKNOWN_LENGTH = float("inf")
@@ -66,7 +66,8 @@ def plan(
         changed = {key: value for key, value in values.items() if value != declared[key].default}
         claims = checkout.claims(name)
         require_data(claims.data[scale])
-        facts = notebook, {k: v for k, v in changed.items() if k != "device"}, _device(values), checkout.library
+        meant = {key: fingerprint(value) for key, value in changed.items() if key != "device"}
+        facts = notebook, meant, _device(values), checkout.library
         recorded = read_json(checkout.paper(name) / "results" / f"{scale}.json") or {}
         jobs.append(
             Job(
