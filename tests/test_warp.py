@@ -255,29 +255,9 @@ def test_nothing_to_do(n, c, size):
     assert image.grad.shape == image.shape
 
 
-REFUSED = [  # image, flow, what the error shows
-    ((3, 6, 7), (1, 2, 6, 7), r"image of shape \(3, 6, 7\), flow of shape \(1, 2, 6, 7\)"),
-    ((1, 3, 6, 7), (2, 6, 7), r"image of shape \(1, 3, 6, 7\), flow of shape \(2, 6, 7\)"),
-    ((1, 3, 6, 7), (1, 6, 7, 2), r"flow of shape \(1, 6, 7, 2\)"),
-    ((2, 3, 6, 7), (1, 2, 6, 7), r"image of shape \(2, 3, 6, 7\), flow of shape \(1, 2, 6, 7\)"),
-    ((1, 3, 0, 7), (1, 2, 6, 7), r"image with pixels: image of shape \(1, 3, 0, 7\)"),
-]
-
-
-@pytest.mark.parametrize(("image", "flow", "shows"), REFUSED)
-def test_wrong_shapes_are_refused_with_their_shapes(image, flow, shows):
-    with pytest.raises(ValueError, match=shows):
-        warp(torch.zeros(image), torch.zeros(flow))
-
-
-def test_wrong_types_and_places_are_refused():
-    image, flow = torch.zeros(1, 1, 2, 2), torch.zeros(1, 2, 2, 2)
-    with pytest.raises(ValueError, match=r"image of torch.uint8"):
-        warp(image.byte(), flow)
-    with pytest.raises(ValueError, match=r"flow of torch.int64"):
-        warp(image, flow.long())
-    with pytest.raises(ValueError, match=r"one device: cpu, meta"):
-        warp(image, flow.to("meta"))
+def test_what_cannot_be_warped_is_refused_as_the_kernel_does():
+    with pytest.raises(ValueError, match=r"image \(1, 3, 6, 7\) and flow \(1, 6, 7, 2\)"):
+        warp(torch.zeros(1, 3, 6, 7), torch.zeros(1, 6, 7, 2))
 
 
 @pytest.mark.gpu

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .kernels import on_cuda
+from .kernels import on_cuda, warping
 
 
 def batch_norm(
@@ -109,7 +109,7 @@ def warp(image: Tensor, flow: Tensor) -> Tensor:
     Raises:
         ValueError: for other shapes, an image without pixels, types that are not floating-point, or two devices.
     """
-    _check_warp(image, flow)
+    warping.check(image, flow)
     if on_cuda.usable(image):
         return kernels.warp(image, flow)
     # Half precision cannot count the pixels of a photograph; positions are single precision at least.
@@ -142,15 +142,3 @@ def _neighbours(position: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     way = (position - before)[:, None]
     index = before.long()
     return index.clamp(0, size - 1), (index + 1).clamp(0, size - 1), way
-
-
-def _check_warp(image: Tensor, flow: Tensor) -> None:
-    shapes = f"image of shape {tuple(image.shape)}, flow of shape {tuple(flow.shape)}"
-    if image.dim() != 4 or flow.dim() != 4 or flow.size(1) != 2 or image.size(0) != flow.size(0):
-        raise ValueError(f"warp needs an image (N, C, H, W) and a flow (N, 2, H', W'): {shapes}")
-    if 0 in image.shape[2:]:
-        raise ValueError(f"warp needs an image with pixels: {shapes}")
-    if not (image.is_floating_point() and flow.is_floating_point()):
-        raise ValueError(f"warp needs floating-point numbers: image of {image.dtype}, flow of {flow.dtype}")
-    if image.device != flow.device:
-        raise ValueError(f"warp needs image and flow on one device: {image.device}, {flow.device}")

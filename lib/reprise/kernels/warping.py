@@ -38,11 +38,12 @@ def warp(image: Tensor, flow: Tensor) -> Tensor:
     Raises:
         ValueError: when shapes, dtypes or devices do not fit; the message shows them.
     """
-    _check(image, flow)
+    check(image, flow)
     return _warp(image, flow)
 
 
-def _check(image: Tensor, flow: Tensor) -> None:
+def check(image: Tensor, flow: Tensor) -> None:
+    """Raise ValueError, with what was given, for an image and a flow that cannot be warped."""
     shapes = f"image {tuple(image.shape)} and flow {tuple(flow.shape)}"
     if image.dim() != 4 or flow.dim() != 4 or flow.size(1) != 2 or image.size(0) != flow.size(0):
         raise ValueError(f"warp takes an image (N, C, H, W) and a flow (N, 2, H', W'), got {shapes}")
