@@ -19,7 +19,7 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def parzen(points: Tensor, samples: Tensor, widths: Tensor) -> Tensor:
     """Log-density of points when every sample is smeared out to a Gaussian, for many widths of the Gaussian at once.
 
-    Breuleux et al. 2009; the measure of Goodfellow et al. 2014 (arXiv 1406.2661), Table 1:
+    Breuleux et al. 2011; the measure of Goodfellow et al. 2014 (arXiv 1406.2661), Table 1:
     ``out[w, p] = log(mean over s of N(points[p]; samples[s], widths[w]^2 I))``. The distances are never stored, however
     many there are. Not differentiable. Runs on CUDA tensors through CuPy, and, for tests and lessons, on CPU tensors
     through g++.

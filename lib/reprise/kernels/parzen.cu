@@ -1,4 +1,4 @@
-// Parzen window (Breuleux et al. 2009): log-densities of points under a Gaussian around every sample, for many widths.
+// Parzen window (Breuleux et al. 2011): log-densities of points under a Gaussian around every sample, for many widths.
 //
 //     out[w, p] = log( mean over s of exp(-|point p - sample s|^2 / (2 width^2)) / (sqrt(2 pi) width)^D )
 //
@@ -11,7 +11,7 @@
 // The nearest sample adds exactly 1 to the sum, so that nothing underflows however small the width. When a nearer one
 // turns up, the sums so far shrink by exp(-(old - new) / (2 width^2)). One minimum serves all widths.
 //
-// Differences are squared one by one. |x|^2 + |y|^2 - 2 x.y would be a matrix product, which GPUs are better at, but for
+// Differences are squared one by one. |x|^2 + |y|^2 - 2 x.y would be a matrix product, which GPUs do faster; but for
 // near neighbours it is a small difference of large numbers, and near neighbours are all that a small width looks at.
 //
 // SCALAR is the type in memory, REAL (float or double) is what we compute in. A block has SIDE x SIDE threads.
@@ -31,10 +31,10 @@ __device__ inline long long in_sums(int width, int parts, int part, int point_co
     return ((long long)width * parts + part) * point_count + point;
 }
 
-// A slice: DEPTH dimensions of TILE rows. Neighbouring threads read neighbouring dimensions (coalesced) and store them as
-// a column. Beyond the edges there are zeros: a dimension that is not there adds no distance.
-__device__ inline void load(REAL (*slice)[PADDED], const SCALAR* rows, int first_row, int row_count, int first_dimension,
-                            int dimensions) {
+// A slice: DEPTH dimensions of TILE rows. Neighbouring threads read neighbouring dimensions (coalesced) and store them
+// as a column. Beyond the edges there are zeros: a dimension that is not there adds no distance.
+__device__ inline void load(REAL (*slice)[PADDED], const SCALAR* rows, int first_row, int row_count,
+                            int first_dimension, int dimensions) {
     #pragma unroll
     for (int i = threadIdx.x; i < TILE * DEPTH; i += THREADS) {
         const int row = first_row + i / DEPTH, d = first_dimension + i % DEPTH;
@@ -81,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) parzen_fold(
 
         const int count = min(TILE, sample_count - first);
         const REAL before = nearest;
-        for (int s = 0; s < count; ++s) nearest = fmin(nearest, squared[s][column]);  // fmin passes over NaN, + does not
+        for (int s = 0; s < count; ++s) nearest = fmin(nearest, squared[s][column]);  // passes over NaN; + does not
         for (int w = threadIdx.x / TILE; w < width_count && point < point_count; w += THREADS / TILE) {
             // Nobody else touches this number, so that it may stay in global memory between tiles.
             REAL* total = sums + in_sums(w, parts, part, point_count, point);
