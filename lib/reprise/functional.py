@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels
@@ -142,3 +143,38 @@ def _neighbours(position: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     way = (position - before)[:, None]
     index = before.long()
     return index.clamp(0, size - 1), (index + 1).clamp(0, size - 1), way
+
+
+def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """What a discriminator minimises (Goodfellow et al. 2014, arXiv 1406.2661): -V of Eq. 1 with G held fixed,
+
+        -mean log D(x) - mean log(1 - D(G(z))),   D = sigmoid(logit).
+
+    At D = 1/2 it is 2 log 2. The paper's released code halves it, which is half the learning rate; we do not.
+    Computed as softplus, so that no logarithm meets a zero. Detach the fakes where the generator is not to learn.
+
+    Args:
+        real_logits: of data, any shape.
+        fake_logits: of samples, any shape.
+
+    Returns:
+        A scalar in nats.
+    """
+    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+
+
+def generator_loss(fake_logits: Tensor, saturating: bool = False) -> Tensor:
+    """What a generator minimises (Goodfellow et al. 2014, arXiv 1406.2661).
+
+    By default the non-saturating loss of section 3, -mean log D(G(z)); with ``saturating`` the generator's part of
+    Eq. 1, mean log(1 - D(G(z))). By a logit a their gradients are -(1 - D) and -D: same sign, ratio exp(-a), so that
+    the second vanishes where the discriminator is sure.
+
+    Args:
+        fake_logits: of samples, any shape.
+        saturating: see above.
+
+    Returns:
+        A scalar in nats.
+    """
+    return -F.softplus(fake_logits).mean() if saturating else F.softplus(-fake_logits).mean()
