@@ -20,9 +20,10 @@
 #define THREADS (SIDE * SIDE)
 #define PADDED (TILE + 4)           // rows that begin in different banks; 4 keeps them aligned for loads of 16 bytes
 
-// What a sample adds, if the nearest one adds 1. Equal comes first: inf - inf is not a number.
+// What a sample adds, if the nearest one adds 1. Equal is asked for since inf - inf is not a number.
 __device__ inline REAL share(REAL nearest, REAL distance, REAL width) {
-    return distance == nearest ? (REAL)1 : exp((nearest - distance) * ((REAL)0.5 / (width * width)));
+    const REAL nearer_by = distance == nearest ? (REAL)0 : distance - nearest;
+    return exp(-nearer_by * ((REAL)0.5 / (width * width)));
 }
 
 // Places in memory may lie beyond 2^31: rows of D numbers, and the sums (W, PARTS, P).
