@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from reprise.kernels import adam, density, normalising, warping
+from reprise.kernels.launch import FLOATS
 from reprise.kernels.machine_code import ARCHITECTURES, compiled, missing_compiler, missing_disassembler
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=missing_compiler() or "")
 needs_nvdisasm = pytest.mark.skipif(missing_disassembler() is not None, reason=missing_disassembler() or "")
 
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # What each source holds: function, and the registers that let enough threads share a multiprocessor's 65,536 to keep
 # memory busy. At 64 there are 1,024 threads; double takes twice the registers and half of the loads.
 SOURCES = {

@@ -50,7 +50,7 @@ def test_values(shape, blocks, device, monkeypatch):
 
 
 @on_every_device
-@pytest.mark.parametrize("dtype", density._FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", density.FLOATS, ids=str)
 @pytest.mark.parametrize("width_type", [None, torch.float64], ids=["same", "float64"])
 def test_every_type(dtype, width_type, device):
     points, samples, widths = case((70, 80, 100, 3), dtype, device)

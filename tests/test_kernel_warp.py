@@ -36,7 +36,7 @@ def test_as_grid_sample_away_from_kinks(seed, device):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
 
 
-PAIRS = [(t, t) for t in warping._FLOATS] + [(t, torch.float32) for t in warping._FLOATS if t != torch.float32]
+PAIRS = [(t, t) for t in warping.FLOATS] + [(t, torch.float32) for t in warping.FLOATS if t != torch.float32]
 PAIRS += [(torch.float32, torch.float64), (torch.float32, torch.bfloat16)]
 
 
@@ -149,7 +149,7 @@ def test_kinks_have_the_derivative_to_the_right(device):
 
 
 @on_every_device
-@pytest.mark.parametrize("dtype", warping._FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", warping.FLOATS, ids=str)
 def test_nan_stays_in_its_pixel_and_infinity_in_bounds(dtype, device):
     image, flow = case((2, 3, 6, 7), dtype=dtype, device=device)
     calm = flow.clone()
@@ -294,7 +294,7 @@ def test_these_tests_find_planted_bugs(change, monkeypatch):
     """Truncation for floor, and a wrong fourth weight: a comparison that passes for them would prove nothing."""
     assert change[0] in warping._SOURCE
     broken = warping._SOURCE.replace(*change)
-    spoilt = lambda name, i, f: Kernel(broken, name, IMAGE=i, FLOW=f, REAL=warping._real(i, f))  # noqa: E731
+    spoilt = lambda name, i, f: Kernel(broken, name, IMAGE=i, FLOW=f, REAL=warping.real_dtype(i, f))  # noqa: E731
     monkeypatch.setattr(warping, "_kernel", spoilt)
     with pytest.raises(AssertionError):
         test_values_and_gradients((2, 3, 6, 7), None, "cpu")

@@ -8,12 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .launch import Kernel
+from .launch import FLOATS, Kernel, real_dtype
 
 _SOURCE = Path(__file__).with_name("parzen.cu").read_text(encoding="utf-8")
 _TILE, _SIDE = 64, 16
 _BLOCKS = 8192  # a few dozen for each multiprocessor of every present GPU, so that none is idle for long in the end
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def parzen(points: Tensor, samples: Tensor, widths: Tensor) -> Tensor:
@@ -49,7 +48,7 @@ def check(points: Tensor, samples: Tensor, widths: Tensor) -> None:
     shapes = "points {}, samples {} and widths {}".format(*(tuple(t.shape) for t in given))
     if [t.dim() for t in given] != [2, 2, 1] or points.size(1) != samples.size(1):
         raise ValueError(f"parzen takes points (P, D), samples (S, D) and widths (W,), got {shapes}")
-    if points.dtype not in _FLOATS or samples.dtype != points.dtype or widths.dtype not in _FLOATS:
+    if points.dtype not in FLOATS or samples.dtype != points.dtype or widths.dtype not in FLOATS:
         raise ValueError(
             "parzen takes points and samples of one floating dtype, and floating-point widths, got "
             f"points {points.dtype}, samples {samples.dtype} and widths {widths.dtype}"
@@ -83,7 +82,7 @@ def _parzen(points: Tensor, samples: Tensor, widths: Tensor) -> Tensor:
 
 @_parzen.register_fake
 def _empty_densities(points: Tensor, samples: Tensor, widths: Tensor) -> Tensor:
-    return points.new_empty((widths.size(0), points.size(0)), dtype=_real(points.dtype))
+    return points.new_empty((widths.size(0), points.size(0)), dtype=real_dtype(points.dtype))
 
 
 def _refuse(ctx, *grads: Tensor) -> None:
@@ -93,14 +92,10 @@ def _refuse(ctx, *grads: Tensor) -> None:
 _parzen.register_autograd(_refuse)
 
 
-def _real(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 @functools.cache
 def _kernel(name: str, dtype: torch.dtype) -> Kernel:
     # In double half the depth: tile and slices have to fit into 48 KiB of shared memory.
-    real = _real(dtype)
+    real = real_dtype(dtype)
     sizes = {"TILE": _TILE, "SIDE": _SIDE, "DEPTH": 8 if real == torch.float64 else 16}
     return Kernel(_SOURCE, f"parzen_{name}", file="parzen.cu", SCALAR=dtype, REAL=real, **sizes)
 
