@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from devices import NEEDS_GPP, on_every_device
+from devices import NEEDS_GPP, on_every_device, plant
 from torch import Tensor
 from torch.autograd import gradcheck
 from torch.library import opcheck
@@ -282,11 +282,6 @@ def test_places_beyond_2_to_the_31():
     ],
 )
 def test_these_tests_find_planted_bugs(change, monkeypatch):
-    assert change[0] in normalising._SOURCE
-    broken, threads = normalising._SOURCE.replace(*change), normalising._THREADS
-    spoilt = lambda name, dtype: Kernel(  # noqa: E731
-        broken, f"batch_norm_{name}", SCALAR=dtype, REAL=normalising.real_dtype(dtype), THREADS=threads
-    )
-    monkeypatch.setattr(normalising, "_kernel", spoilt)
+    plant(monkeypatch, normalising, *change)
     with pytest.raises(AssertionError):
         test_values_and_gradients((300, 2, 7, 9), "cpu")
