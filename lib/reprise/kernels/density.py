@@ -29,10 +29,11 @@ def parzen(points: Tensor, samples: Tensor, widths: Tensor) -> Tensor:
         widths: shape (W,), standard deviations in the units of the points, above zero, of any floating dtype.
 
     Returns:
-        Shape (W, P), in nats, in float32, or in float64 for such points. Finite as long as squared distances and
-        widths, and what divides them, are within the range of that dtype; there is no underflow. A NaN in a point
-        makes that point NaN, in a sample all of them. A point infinitely far from all samples has minus infinity. A
-        width that is not above zero gives NaN. The same numbers in every run.
+        Shape (W, P), in nats, in float32, or in float64 for such points; the same numbers in every run. Nothing
+        underflows: they are finite as long as squared distances, and squared widths and their inverses, are within the
+        range of that dtype. The rounding of a squared distance grows with the root of D; in float32 it is about one
+        part in a million for 784 dimensions. A NaN in a point makes that point NaN, one in a sample all of them. A
+        point infinitely far from all samples has minus infinity. A width that is not above zero gives NaN.
 
     Raises:
         ValueError: when shapes, dtypes or devices do not fit, or there is no sample; the message shows them.
