@@ -105,6 +105,15 @@ class Leak:
     changed: tuple[int, int, int]
 
 
+def spread_places(shape: tuple[int, int, int], start: int = 0, count: int = 8) -> list[int]:
+    """Positions of an image (C, H, W): its middle in all colours, which can look in all directions, and others."""
+    colours, height, width = shape
+    middle = (height // 2 * width + width // 2) * colours
+    total = colours * height * width
+    others = [(start * 7919 + k * total // count) % total for k in range(count)]  # a prime: others for each start
+    return list(dict.fromkeys([*range(middle, middle + colours), *others]))
+
+
 @torch.no_grad()
 def find_leak(
     model: nn.Module, image: Tensor, condition: Tensor | None = None, places: list[int] | None = None
@@ -117,15 +126,14 @@ def find_leak(
         model: as in :func:`dependencies`.
         image: (1, C, H, W).
         condition: one row, for a model that is conditioned.
-        places: positions to change, in the order of the making; by default the middle of the image in every colour.
+        places: positions to change, in the order of the making; by default :func:`spread_places`.
 
     Returns:
         None, or the first leak, with the innermost layer whose output has it.
     """
     shape = image.shape[1:]
-    colours, height, width = shape
-    middle = (height // 2 * width + width // 2) * colours
-    places = list(range(middle, middle + colours)) if places is None else places
+    colours, _, width = shape
+    places = spread_places(shape) if places is None else places
     batch = image.expand(len(places) + 1, *shape).clone()
     for example, place in enumerate(places, 1):
         pixel, colour = divmod(place, colours)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from .causality import find_leak
+from .causality import find_leak, spread_places
 
 EVERY = 128
 
@@ -144,15 +144,11 @@ def _require(layer: str, step: int, statistic: str, values: Tensor, allowed: tup
 
 
 def _require_causal(name: str, model: nn.Module, step: int, images: Tensor, condition: Tensor | None = None) -> None:
-    colours, height, width = images.shape[1:]
-    count = colours * height * width
-    # The middle, from where all directions can be seen, and one more place, another one at each check.
-    middle = (height // 2 * width + width // 2) * colours
-    places = sorted({*range(middle, middle + colours), step * 7919 % count})
+    places = spread_places(images.shape[1:], start=step)
     leak = find_leak(model, images[:1].detach(), None if condition is None else condition[:1], places)
     if leak is not None:
         layer = leak.layer if leak.layer.startswith("model (") else f"layer {leak.layer}"
         raise InvariantError(
-            f"{name} at step {step}: {layer} sees what is still to come: a change of the input at (row, column, colour) "
+            f"{name} at step {step}: {layer} sees what is still to come: changing the input at (row, column, colour) "
             f"{leak.perturbed} changes its output at {leak.changed}"
         )
