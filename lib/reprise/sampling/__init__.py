@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..causality import evaluating
 from .caching import Sizes, incremental
 
-__all__ = ["WAYS", "Sample", "Sizes", "incremental", "rows_above", "sample"]
+__all__ = ["WAYS", "Sample", "Sizes", "check_arguments", "incremental", "rows_above", "sample"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def sample(
     """
     if way not in WAYS:
         raise ValueError(f"no way {way!r}; there are {', '.join(WAYS)}")
-    _refuse(shape, uniforms, known, values, condition, temperature)
+    check_arguments(shape, uniforms, known, values, condition, temperature)
     like = next(model.parameters())
     if uniforms is None:
         uniforms = torch.rand(shape, generator=generator, dtype=torch.float64)
@@ -232,7 +232,9 @@ def rows_above(model: nn.Module) -> int:
     return total
 
 
-def _refuse(shape, uniforms, known, values, condition, temperature) -> None:
+def check_arguments(shape, uniforms, known, values, condition, temperature) -> None:
+    """Raise ValueError, with what was given, for arguments of :func:`sample` that do not fit each other."""
+
     def fits(tensor: Tensor) -> bool:
         try:
             return torch.broadcast_shapes(tensor.shape, shape) == torch.Size(shape)
