@@ -322,6 +322,6 @@ def test_on_a_gpu_as_on_the_cpu(name):
 
 def test_stacks_of_gated_layers_of_many_sizes():
     layers = [GatedMaskedConv2d(1, 4, 7, "A"), GatedMaskedConv2d(4, 6, 1, "B"), GatedMaskedConv2d(6, 6, 5, "B")]
-    model = lively(CausalSequential(GatedStack(*layers), nn.Conv2d(6, 1, 1)))
+    model = lively(CausalSequential(GatedStack(*layers), nn.Conv2d(6, 5, 1)))
     drawn = [sample(model, (2, 1, 7, 4), way, generator=seeded()) for way in WAYS]
     assert all(torch.equal(one.images, drawn[0].images) for one in drawn)

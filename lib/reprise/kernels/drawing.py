@@ -149,14 +149,14 @@ class Program:
         raise ValueError(f"{name} ({type(layer).__name__}) has no place in the kernel: see reprise.kernels.sample")
 
     def _chain(self, layers: nn.Sequential, source: Place, condition: Tensor | None, name: str) -> Place:
-        target = source
+        target, before = source, len(self.of_pixels)
         for place, layer in layers.named_children():
             target = self.add(layer, target, condition, f"{name}.{place}")
         if isinstance(layers, Residual):
-            last = self.of_pixels[-1] if self.of_pixels else None
-            if source.activation != _NONE or target.activation != _NONE or last[4] != target.start or last[10] >= 0:
+            new = [row for row in self.of_pixels[before:] if row[4] == target.start and row[10] < 0]
+            if not new or source.activation != _NONE or target.activation != _NONE:
                 raise ValueError(f"{name} (Residual) must begin with a map and end with a convolution in the kernel")
-            last[10:] = source.start, 0
+            new[0][10:] = source.start, 0
         return target
 
     def _masked(self, layer: MaskedConv2d, source: Place, name: str, bias: Tensor | None = None, **options) -> Place:

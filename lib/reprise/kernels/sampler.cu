@@ -42,8 +42,8 @@ __device__ inline REAL activated(const REAL* pixel, const Layer& layer, int c) {
 }
 
 // The outputs begin .. end - 1 of a layer at one pixel, by all threads of the block.
-__device__ void evaluate(const Layer& layer, const Canvas& canvas, int y, int x, int begin, int end,
-                         REAL* sums, REAL* seen) {
+__device__ inline void evaluate(const Layer& layer, const Canvas& canvas, int y, int x, int begin, int end,
+                                REAL* sums, REAL* seen) {
     const int thread = threadIdx.y * 32 + threadIdx.x, threads = 32 * blockDim.y, parts = blockDim.y;
     const int inputs = layer.taps * layer.in_channels, pixel = y * canvas.width + x;
     const int stride = layer.activation == GATE ? 2 * layer.in_channels : layer.in_channels;
@@ -95,7 +95,7 @@ __device__ inline REAL drawn(const REAL* logits, int levels, REAL temperature, d
 }
 
 // The first row_layers of the table make whole rows: a row of the vertical stack is needed by the row below it only.
-extern "C" __global__ void __launch_bounds__(256) sample_images(
+extern "C" __global__ void __launch_bounds__(256, 2) sample_images(
         REAL* __restrict__ maps, long long maps_size, const double* __restrict__ uniforms, const bool* __restrict__ known,
         const Layer* __restrict__ layers, int row_layers, int all_layers, const Tap* __restrict__ taps,
         const REAL* __restrict__ weights, const REAL* __restrict__ biases, int biases_size,
