@@ -171,7 +171,7 @@ def test_these_tests_find_planted_bugs(right, wrong, name, monkeypatch):
 
 
 @NEEDS_GPP
-@pytest.mark.parametrize(("which", "name"), enumerate(BARRIERS))
+@pytest.mark.parametrize(("which", "name"), list(enumerate(BARRIERS)))
 def test_each_barrier_is_missed(which, name, monkeypatch):
     barrier = "__syncthreads();"
     parts = drawing._SOURCE.split(barrier)
