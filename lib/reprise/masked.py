@@ -163,10 +163,12 @@ class GatedMaskedConv2d(nn.Module):
         to_v, to_h = self.conditioned(condition)
         r = self.reach
         v_in = self.vertical(F.pad(v, (r, r, r, 0)))  # rows y - r to y make row y
-        above = F.pad(v_in, (0, 0, 1, 0))[:, :, :-1]  # row y now holds what was in row y - 1
+        above = F.pad(v_in, (0, 0, 1, -1))  # row y now holds what was in row y - 1
         h_in = self.horizontal(h) + self.down(above)
-        new_h = self.out(gate(h_in + to_h, self.colours))
-        return gate(v_in + to_v, self.colours), new_h + h if self.residual else new_h
+        if condition is not None:
+            v_in, h_in = v_in + to_v, h_in + to_h
+        new_h = self.out(gate(h_in, self.colours))
+        return gate(v_in, self.colours), new_h + h if self.residual else new_h
 
     def conditioned(self, condition: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
         """V^T h for the vertical and for the horizontal stack, shape (N, 2 * out_channels, 1, 1); 0 without."""

@@ -91,7 +91,7 @@ def sample(
     if known is not None:
         known = known.expand(shape)
         images = torch.where(known.to(like.device), values.to(images).expand(shape), images)
-        given = (known.to(like.device), known.all(0).cpu())
+        given = (known.to(like.device), known.all(0).tolist())
     drawing = _Drawing(images, uniforms, given, temperature)
     with evaluating(model):
         network = WAYS[way](model, images, condition)
@@ -118,7 +118,7 @@ class _Drawing:
         rows, uniforms = self.images[:, :, y], self.uniforms[y]
         for x in range(width):
             for colour in range(colours):
-                all_given = self.given is not None and bool(self.given[1][colour, y, x])
+                all_given = self.given is not None and self.given[1][colour][y][x]
                 if all_given and not network.needs_all:
                     continue
                 logits = network.logits(y, x, colour)
