@@ -84,7 +84,6 @@ class Place:
     start: int
     channels: int  # after the activation
     activation: int = _NONE
-    half: int = 0
 
 
 class Program:
@@ -123,7 +122,7 @@ class Program:
         self.most_inputs = max(self.most_inputs, inputs)
         target = Place(self.map(outputs), outputs)
         starts = sum(w.numel() for w in self.weights), sum(b.size(-1) for b in self.biases)
-        row = [source.start, source.channels, source.activation, source.half, target.start, outputs]
+        row = [source.start, source.channels, source.activation, target.start, outputs]
         row += [len(self.taps), len(taps), *starts, *added]
         (self.of_rows if rows else self.of_pixels).append(row)
         self.taps += taps
@@ -153,13 +152,16 @@ class Program:
         for place, layer in layers.named_children():
             target = self.add(layer, target, condition, f"{name}.{place}")
         if isinstance(layers, Residual):
-            new = [row for row in self.of_pixels[before:] if row[4] == target.start and row[10] < 0]
+            new = [row for row in self.of_pixels[before:] if row[3] == target.start and row[9] < 0]
             if not new or source.activation != _NONE or target.activation != _NONE:
                 raise ValueError(f"{name} (Residual) must begin with a map and end with a convolution in the kernel")
-            new[0][10:] = source.start, 0
+            new[0][9:] = source.start, 0
         return target
 
-    def _masked(self, layer: MaskedConv2d, source: Place, name: str, bias: Tensor | None = None, **options) -> Place:
+    def _masked(
+        self, layer: MaskedConv2d, source: Place, name: str, order: Tensor | slice = slice(None), bias=None, **options
+    ) -> Place:
+        """A masked convolution, its outputs in another order, or with another bias (in that order)."""
         if layer.colours != self.colours:
             raise ValueError(f"{name} was made for colours={layer.colours}, the images have {self.colours}")
         middle, side = (k // 2 for k in layer.kernel_size)
@@ -167,7 +169,7 @@ class Program:
         taken = [(r, c) for r in range(middle + 1) for c in range(layer.kernel_size[1]) if r < middle or c <= side]
         taps = [((r - middle) * layer.dilation[0], (c - side) * layer.dilation[1]) for r, c in taken]
         weight = torch.stack([layer.masked_weight[:, :, r, c] for r, c in taken], 2)
-        return self.convolve(source, weight, taps, _bias(layer) if bias is None else bias, **options)
+        return self.convolve(source, weight[order], taps, _bias(layer)[order] if bias is None else bias, **options)
 
     def _gated(self, stack: GatedStack, source: Place, condition: Tensor | None, name: str) -> Place:
         v = h = source
@@ -178,17 +180,20 @@ class Program:
     def _gated_layer(self, layer: GatedMaskedConv2d, v: Place, h: Place, condition, name: str) -> tuple[Place, Place]:
         to_v, to_h = layer.conditioned(condition if layer.conditions else None)
         to_v, to_h = ((t.flatten(1) if isinstance(t, Tensor) else t) for t in (to_v, to_h))
+        # The kernel wants the two channels of a gate side by side: of each colour, f0 g0 f1 g1 ...
+        channels = layer.out.out_channels
+        pairs = torch.arange(2 * channels).view(self.colours, 2, -1).transpose(1, 2).flatten()
         rows, columns = layer.vertical.kernel_size
         taps = [(r - rows + 1, c - columns // 2) for r in range(rows) for c in range(columns)]
-        made = self.convolve(v, layer.vertical.weight.flatten(2), taps, layer.vertical.bias + to_v, rows=True)
+        weight = layer.vertical.weight.flatten(2)[pairs]
+        made = self.convolve(v, weight, taps, (layer.vertical.bias + to_v)[..., pairs], rows=True)
         # What goes down is told without the condition. Its bias counts in the first row, too, above which is nothing.
         down = layer.down.weight[:, :, 0, 0]
         taken_off = -to_v @ down.T if isinstance(to_v, Tensor) else torch.zeros_like(layer.down.bias)
-        below = self.convolve(made, down[:, :, None], [(0, 0)], taken_off, rows=True)
-        bias = layer.horizontal.bias + layer.down.bias + to_h
-        inside = self._masked(layer.horizontal, h, f"{name}.horizontal", bias, added=(below.start, -1))
-        channels = layer.out.out_channels
-        gated = [Place(p.start, channels, _GATE, channels // self.colours) for p in (made, inside)]
+        below = self.convolve(made, down[pairs][:, pairs, None], [(0, 0)], taken_off[..., pairs], rows=True)
+        bias = (layer.horizontal.bias + layer.down.bias + to_h)[..., pairs]
+        inside = self._masked(layer.horizontal, h, f"{name}.horizontal", pairs, bias, added=(below.start, -1))
+        gated = [Place(place.start, channels, _GATE) for place in (made, inside)]
         added = (h.start, 0) if layer.residual else (-1, 0)
         return gated[0], self._masked(layer.out, gated[1], f"{name}.out", added=added)
 

@@ -16,7 +16,7 @@ enum Activation { NONE, RELU, GATE };
 
 struct Layer {  // as drawing.py fills it; maps, weights and biases are given by where they begin
     int input, in_channels;    // channels after the activation
-    int activation, half;      // a gate halves them: for each colour `half` go through tanh, then `half` through a sigmoid
+    int activation;            // a gate makes one channel of two neighbours: tanh of the first, sigmoid of the second
     int output, out_channels;
     int first_tap, taps;
     int weight, bias;
@@ -32,29 +32,26 @@ struct Canvas {  // one image, its maps, and what does not change
     int height, width;
 };
 
-// One number of a map, after the activation.
-__device__ inline REAL activated(const REAL* pixel, const Layer& layer, int c) {
-    if (layer.activation == GATE) {
-        const int f = c + c / layer.half * layer.half;
-        return tanh(pixel[f]) / (1 + exp(-pixel[f + layer.half]));
-    }
-    return layer.activation == RELU && pixel[c] < 0 ? (REAL)0 : pixel[c];
+// Channel c of a pixel, after the activation.
+__device__ inline REAL activated(const REAL* pixel, int activation, int c) {
+    if (activation == GATE) return tanh(pixel[2 * c]) / (1 + exp(-pixel[2 * c + 1]));
+    return activation == RELU && pixel[c] < 0 ? (REAL)0 : pixel[c];
 }
 
 // The outputs begin .. end - 1 of a layer at one pixel, by all threads of the block.
 __device__ inline void evaluate(const Layer& layer, const Canvas& canvas, int y, int x, int begin, int end,
                                 REAL* sums, REAL* seen) {
-    const int thread = threadIdx.y * 32 + threadIdx.x, threads = 32 * blockDim.y, parts = blockDim.y;
-    const int inputs = layer.taps * layer.in_channels, pixel = y * canvas.width + x;
-    const int stride = layer.activation == GATE ? 2 * layer.in_channels : layer.in_channels;
+    const int channels = layer.in_channels, stride = layer.activation == GATE ? 2 * channels : channels;
+    const int parts = blockDim.y, inputs = layer.taps * channels, pixel = y * canvas.width + x;
 
-    // 1. What the layer sees, copied for all to use. Outside of the image there are zeros.
-    for (int i = thread; i < inputs; i += threads) {
-        const Tap tap = canvas.taps[layer.first_tap + i / layer.in_channels];
+    // 1. What the layer sees, copied for all to use; outside of the image there are zeros.
+    for (int t = threadIdx.y; t < layer.taps; t += parts) {
+        const Tap tap = canvas.taps[layer.first_tap + t];
         const int row = y + tap.dy, column = x + tap.dx;
         const bool inside = row >= 0 && column >= 0 && column < canvas.width;
         const REAL* from = canvas.maps + layer.input + (row * canvas.width + column) * stride;
-        seen[i] = inside ? activated(from, layer, i % layer.in_channels) : (REAL)0;
+        for (int c = threadIdx.x; c < channels; c += 32)
+            seen[t * channels + c] = inside ? activated(from, layer.activation, c) : (REAL)0;
     }
     __syncthreads();
     for (int first = begin; first < end; first += 32) {
@@ -66,7 +63,7 @@ __device__ inline void evaluate(const Layer& layer, const Canvas& canvas, int y,
             #pragma unroll 4
             for (int i = threadIdx.y; i < inputs; i += parts) sum += weight[i * layer.out_channels] * seen[i];
         }
-        sums[thread] = sum;
+        sums[threadIdx.y * 32 + threadIdx.x] = sum;
         __syncthreads();
         // 3. The first row adds the parts up.
         if (threadIdx.y == 0 && o < end) {
