@@ -270,6 +270,14 @@ def test_a_model_that_leaks_is_found_while_it_draws(way):
     model[2].mask[:, :, 1, 2] = False
 
 
+def test_a_model_that_diverged_draws_nothing():
+    model, shape = network("plain")
+    with torch.no_grad():
+        model[0].bias.fill_(torch.nan)
+    with pytest.raises(RuntimeError, match="logits are not numbers"):
+        sample(model, shape)
+
+
 PLANTED = [  # where, what, what instead: each a bug that a twin could have
     (twins.Convolution, "put", lambda self, x, colour, h: None),
     (twins.Convolution, "row", lambda self, y: None),
@@ -291,6 +299,8 @@ REFUSED = [
     ({"known": torch.tensor(True)}, "give both or neither"),
     ({"known": torch.ones(3), "values": torch.ones(4)}, r"known of shape \(3,\) does not broadcast to \(2, 1, 4, 4\)"),
     ({"known": torch.ones(4), "values": torch.ones(4)}, "known must be of torch.bool, got torch.float32"),
+    ({"known": torch.tensor(True), "values": torch.tensor(255.0)}, "values must lie between 0 and 1, got 255 to 255"),
+    ({"uniforms": torch.full((2, 1, 4, 4), torch.nan)}, "uniforms must lie between 0 and 1, got nan to nan"),
     ({"condition": torch.tensor([1])}, "condition has 1 rows for 2 images"),
     ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
 ]

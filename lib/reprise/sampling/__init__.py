@@ -77,7 +77,7 @@ def sample(
 
     Raises:
         ValueError: for arguments that do not fit, or a layer that cannot be cached; the message names it.
-        RuntimeError: when ``check`` finds different logits.
+        RuntimeError: when ``check`` finds different logits, or some that are not numbers.
     """
     if way not in WAYS:
         raise ValueError(f"no way {way!r}; there are {', '.join(WAYS)}")
@@ -142,6 +142,8 @@ class _Drawing:
         """Whether the finished images' logits are those that they were drawn from."""
         if not self.logits.numel():
             return
+        if logits.isnan().any():
+            raise RuntimeError("the model's logits are not numbers: nothing can be drawn from them")
         logits = logits.view_as(self.logits)
         # As far as rounding may move them, with room for sums in another order.
         allowed = torch.finfo(logits.dtype).eps ** 0.5 * logits.abs().amax().clamp(min=1)
@@ -252,6 +254,10 @@ def check_arguments(shape, uniforms, known, values, condition, temperature) -> N
             raise ValueError(f"{name} of shape {tuple(tensor.shape)} does not broadcast to {tuple(shape)}")
     if known is not None and known.dtype != torch.bool:
         raise ValueError(f"known must be of torch.bool, got {known.dtype}")
+    for name, tensor in (("values", values), ("uniforms", uniforms)):
+        if tensor is not None and not (tensor.min() >= 0 and tensor.max() <= 1):
+            found = f"{tensor.min().item():g} to {tensor.max().item():g}"
+            raise ValueError(f"{name} must lie between 0 and 1, got {found}")
     if condition is not None and len(condition) != shape[0]:
         raise ValueError(f"condition has {len(condition)} rows for {shape[0]} images")
     if not temperature > 0:
