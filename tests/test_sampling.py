@@ -35,6 +35,7 @@ NETWORKS = {  # name: model, colours, rows above that it sees
     "gated": (gated(3), 1, 5),
     "gated, 3 colours, 4 levels": (gated(2, colours=3, levels=4), 3, 4),
     "wide": (wide(), 1, 5),
+    "mask A twice": (nn.Sequential(*plain(1)[:-1], MaskedConv2d(6, 2, 3, "A")), 1, 3),
     "one layer": (nn.Sequential(MaskedConv2d(1, 3, 3, "A")), 1, 1),
 }
 every_network = pytest.mark.parametrize("name", NETWORKS)
@@ -234,6 +235,7 @@ UNCACHED = [
     (nn.Sequential(A, GatedMaskedConv2d(4, 4, 3, "B")), r"model.1 \(GatedMaskedConv2d\) cannot"),
     (nn.Sequential(MaskedConv2d(1, 1, 3, "B")), r"model.0 has mask B and sees the pixel to be drawn"),
     (nn.Sequential(Residual(A)), r"model.0 adds the image itself"),
+    (nn.Sequential(nn.Tanh(), nn.Conv2d(1, 1, 1)), "the model has no masked layer"),
 ]
 
 

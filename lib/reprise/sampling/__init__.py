@@ -217,7 +217,10 @@ class _Cached:
 
     def logits(self, y: int, x: int, colour: int) -> Tensor:
         self.positions += self.share
-        return self.network.step(x, colour, None)
+        logits = self.network.step(x, colour, None)
+        if logits is None:
+            raise ValueError("the model has no masked layer")
+        return logits
 
 
 WAYS = {"naive": _Naive, "restricted": _Restricted, "cached": _Cached}

@@ -98,10 +98,10 @@ class Convolution:
 
     def step(self, x: int, colour: int, h: Tensor | None) -> Tensor:
         place = x * self.colours + colour
-        if not self.first:
-            if h is None:
-                raise ValueError(f"{self.name} has mask B and sees the pixel to be drawn: the first needs mask A")
+        if h is not None:
             self.cells[place].copy_(h)
+        elif not self.first:
+            raise ValueError(f"{self.name} has mask B and sees the pixel to be drawn: the first needs mask A")
         return torch.addmm(self.base[place], self.windows[x], self.weight_left[colour])
 
     def put(self, x: int, colour: int, h: Tensor) -> None:
