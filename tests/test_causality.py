@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from pixel_cases import gated, lively, plain, residual
 from torch import nn
 
+from reprise import causality
 from reprise.causality import Leak, dependencies, find_leak
 from reprise.invariants import InvariantError
 from reprise.nn import CausalSequential, MaskedConv2d, Residual
@@ -90,6 +91,13 @@ def test_models_are_left_as_they_were():
     assert torch.equal(before, torch.get_rng_state()), "a training would go on differently"
     assert not any(layer._forward_hooks for layer in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_more_outputs_than_are_looked_at_at_once(monkeypatch):
+    model = lively(plain(1, colours=3))
+    whole = dependencies(model, (3, 4, 4)).matrix
+    monkeypatch.setattr(causality, "_AT_ONCE", 7)
+    assert torch.equal(dependencies(model, (3, 4, 4)).matrix, whole)
 
 
 def test_a_model_of_another_shape_is_refused():

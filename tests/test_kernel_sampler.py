@@ -98,7 +98,7 @@ def test_completion_and_temperature(name, device):
 @on_every_device
 def test_conditions(device):
     model = lively(gated(2, classes=4)).to(device)
-    classes = torch.tensor([0, 3, 1, 3], device=device)
+    classes = torch.tensor([0, 3, 1, 3])  # brought to the model's device
     numbers = torch.rand(1, 1, 5, 5, generator=seeded(), dtype=torch.float64).expand(4, -1, -1, -1)
     ours = kernels.sample(model, (4, 1, 5, 5), uniforms=numbers, condition=classes)
     naive = sampling.sample(model, (4, 1, 5, 5), "naive", uniforms=numbers, condition=classes)
@@ -113,6 +113,9 @@ REFUSED = [
     (nn.Sequential(MaskedConv2d(1, 4, 3, "A"), nn.ReLU()), "ends in 4 channels for 1 colours, or in an activation"),
     (nn.Sequential(MaskedConv2d(1, 4, 3, "A"), nn.ReLU(), Residual(nn.Conv2d(4, 4, 1))), r"model.2 \(Residual\) must"),
     (nn.Sequential(MaskedConv2d(1, 4, 3, "A"), Residual(nn.Identity())), r"model.1 \(Residual\) must begin with a map"),
+    (nn.Sequential(MaskedConv2d(1, 4, 3, "B")), r"model.0 \(MaskedConv2d\) sees the pixel to be drawn"),
+    (nn.Sequential(nn.Conv2d(1, 4, 1)), r"model.0 \(Conv2d\) sees the pixel to be drawn"),
+    (nn.Sequential(Residual(MaskedConv2d(1, 1, 3, "A"))), r"model.0 \(Residual\) must begin with a map"),
     (nn.Sequential(MaskedConv2d(3, 6, 3, "A", colours=3)), "made for colours=3, the images have 1"),
     (
         nn.Sequential(MaskedConv2d(1, 400, 3, "A"), MaskedConv2d(400, 1, 9, "B")),

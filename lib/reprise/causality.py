@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+_AT_ONCE = 128
+
 
 @dataclass(frozen=True)
 class Dependencies:
@@ -69,7 +71,7 @@ def dependencies(
 
     Args:
         model: maps (N, C, H, W) to (N, C K, H, W), grouped by colour, for any K.
-        shape: (C, H, W), with few enough pixels that C H W images fit into memory.
+        shape: (C, H, W). The model sees C H W images, some at a time, forwards and backwards.
         condition: one row, for a model that is conditioned.
         inputs: how many random inputs to try.
         seed: of the inputs.
@@ -82,17 +84,17 @@ def dependencies(
     weight = next(model.parameters())
     random = torch.Generator().manual_seed(seed)
     found = torch.zeros(count, count, dtype=torch.bool)
-    place = torch.arange(count, device=weight.device)
     with evaluating(model):
         for _ in range(inputs):
-            # One image for each output: a single backward pass then gives all rows of the Jacobian.
             image = torch.rand(shape, generator=random, dtype=torch.float64).to(weight)
-            x = image.expand(count, *shape).clone().requires_grad_()
-            out = model(x) if condition is None else model(x, condition.expand(count, *condition.shape[1:]))
-            out = _by_position(out, shape)
-            mix = torch.randn(out.size(2), generator=random, dtype=torch.float64).to(weight)
-            (gradient,) = torch.autograd.grad((out[place, place] @ mix).sum(), x)
-            found |= (gradient.movedim(1, 3).flatten(1) != 0).cpu()
+            for places in torch.arange(count).split(_AT_ONCE):
+                # One image for each output: a single backward pass then gives as many rows of the Jacobian.
+                x = image.expand(len(places), *shape).clone().requires_grad_()
+                out = model(x) if condition is None else model(x, condition.expand(len(places), *condition.shape[1:]))
+                outputs = _by_position(out, shape)[range(len(places)), places]  # (rows, K)
+                mix = torch.randn(outputs.size(1), generator=random, dtype=torch.float64)  # so that none cancel out
+                (gradient,) = torch.autograd.grad((outputs @ mix.to(outputs)).sum(), x)
+                found[places] |= (gradient.movedim(1, 3).flatten(1) != 0).cpu()
     return Dependencies(found, (colours, height, width))
 
 

@@ -33,8 +33,8 @@ def sample(
     """Draw images as :func:`reprise.sampling.sample` does, in a single launch.
 
     Arguments and result are the same, and so are the images, in float64 exactly but for numbers within rounding of a
-    step. For networks of :class:`~reprise.nn.MaskedConv2d`, 1 x 1 convolutions, ReLU, residual blocks and gated
-    stacks. The model is on a CUDA device, or, for tests and lessons, on the CPU.
+    step; there is no check against a last pass. For networks of :class:`~reprise.nn.MaskedConv2d`, 1 x 1 convolutions,
+    ReLU, residual blocks and gated stacks. The model is on a CUDA device, or, for tests and lessons, on the CPU.
 
     Raises:
         ValueError: for arguments that do not fit, a model that is not in float32 or float64, or a layer that the kernel
@@ -44,6 +44,7 @@ def sample(
     like = next(model.parameters())
     if like.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"the kernel draws in float32 or float64, the model is in {like.dtype}")
+    condition = None if condition is None else condition.to(like.device)
     batch, colours, height, width = shape
     program = Program(colours, height, width, like)
     out = program.add(model, Place(program.map(colours), colours), condition)
@@ -135,6 +136,9 @@ class Program:
         forward = type(layer).forward
         if forward in (nn.Sequential.forward, CausalSequential.forward, Residual.forward):
             return self._chain(layer, source, condition, name)
+        first = source.start == 0 and forward not in (nn.Identity.forward, nn.Dropout.forward, GatedStack.forward)
+        if first and getattr(layer, "mask_type", "B") != "A":
+            raise ValueError(f"{name} ({type(layer).__name__}) sees the pixel to be drawn: the first needs mask A")
         if forward is MaskedConv2d.forward:
             return self._masked(layer, source, name)
         if forward is nn.Conv2d.forward and layer.kernel_size == (1, 1) and self.colours == layer.groups == 1:
@@ -153,7 +157,7 @@ class Program:
             target = self.add(layer, target, condition, f"{name}.{place}")
         if isinstance(layers, Residual):
             new = [row for row in self.of_pixels[before:] if row[3] == target.start and row[9] < 0]
-            if not new or source.activation != _NONE or target.activation != _NONE:
+            if not new or source.start == 0 or source.activation != _NONE or target.activation != _NONE:
                 raise ValueError(f"{name} (Residual) must begin with a map and end with a convolution in the kernel")
             new[0][9:] = source.start, 0
         return target

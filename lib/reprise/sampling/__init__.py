@@ -92,6 +92,7 @@ def sample(
         known = known.expand(shape)
         images = torch.where(known.to(like.device), values.to(images).expand(shape), images)
         given = (known.to(like.device), known.all(0).tolist())
+    condition = None if condition is None else condition.to(like.device)
     drawing = _Drawing(images, uniforms, given, temperature)
     with evaluating(model):
         network = WAYS[way](model, images, condition)
@@ -172,7 +173,7 @@ class _Naive:
 
     def __init__(self, model: nn.Module, images: Tensor, condition: Tensor | None):
         self.model, self.images, self.positions = model, images, 0
-        self.condition = () if condition is None else (condition.to(images.device),)
+        self.condition = () if condition is None else (condition,)
 
     def row(self, y: int) -> None:
         pass
@@ -210,7 +211,6 @@ class _Cached:
 
     def __init__(self, model: nn.Module, images: Tensor, condition: Tensor | None):
         batch, colours, height, width = images.shape
-        condition = None if condition is None else condition.to(images.device)
         self.network = incremental(model, Sizes(batch, colours, height, width, images, condition))
         self.row, self.put = self.network.row, self.network.put
         self.positions, self.share = 0.0, 1 / colours
