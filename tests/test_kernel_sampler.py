@@ -68,6 +68,14 @@ def test_the_images_of_the_other_ways(name, device):
     assert len(ours.images.unique()) > 1, "an image of one value would be had from any kernel"
 
 
+@NEEDS_GPP
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("name", ["gated", "many shapes"])
+def test_blocks_of_other_sizes(name, rows, monkeypatch):
+    monkeypatch.setitem(drawing._ROWS, "cpu", rows)  # 8 is what a GPU is given
+    test_the_images_of_the_other_ways(name, "cpu")
+
+
 @on_every_device
 @pytest.mark.parametrize("name", ["plain", "gated", "plain, 5 levels"])
 def test_in_single_precision_logits_agree_to_four_digits(name, device):

@@ -16,6 +16,8 @@ from .launch import Kernel
 _SOURCE = Path(__file__).with_name("sampler.cu").read_text(encoding="utf-8")
 _NONE, _RELU, _GATE = range(3)
 _SHARED_BYTES = 48 << 10
+# Rows of 32 threads in a block; on the CPU the threads take turns, and more would take longer.
+_ROWS = {"cuda": 8, "cpu": 2}
 
 
 @torch.no_grad()
@@ -219,7 +221,7 @@ def _sample_images(
     temperature: float,
 ) -> None:
     of_rows, most_inputs, colours, height, width, logits, levels = sizes
-    rows = 8 if maps.is_cuda else 2  # of 32 threads; on the CPU they take turns, and more would take longer
+    rows = _ROWS[maps.device.type]
     shared = (32 * rows + most_inputs) * maps.element_size()
     if shared > _SHARED_BYTES:
         raise ValueError(f"a layer sees {most_inputs} numbers at a pixel: more than a block's memory holds")
