@@ -20,12 +20,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from bench_kernels import COMPARISONS, Comparison
+from bench_kernels import COMPARISONS, Comparison, pixelcnn
 from torch import nn
 
 from reprise.functional import batch_norm
 from reprise.lab.tables import align
 from reprise.optim import Adam
+from reprise.sampling import Sample, rows_above, sample
 from reprise.training import Batches, declare, train
 
 PAGE = Path(__file__).resolve().parents[1] / "lib" / "reprise" / "kernels" / "README.md"
@@ -35,10 +36,11 @@ UNKNOWN = "not measured yet"
 
 @dataclass
 class Timing:
-    """Milliseconds of single calls, and of the host until it has asked for one."""
+    """Milliseconds of single calls; on a GPU, of the host until it has asked for one, and the memory of a call."""
 
     calls: list[float]
     host: float | None = None
+    megabytes: float | None = None
 
     @property
     def median(self) -> float:
@@ -84,17 +86,15 @@ def _by_events(work: Callable[[], object], device: torch.device, repeats: int = 
         work()
         end.record()
     torch.cuda.synchronize(device)
-    return Timing([begin.elapsed_time(end) for begin, end in pairs], host)
+    return Timing([begin.elapsed_time(end) for begin, end in pairs], host, _peak(work, device))
 
 
-def peak_megabytes(work: Callable[[], object], device: torch.device) -> str:
-    """What a call needs at most beyond what was there, its result included; known on a GPU only."""
-    if device.type != "cuda":
-        return ""
+def _peak(work: Callable[[], object], device: torch.device) -> float:
+    """Megabytes that a call needs at most beyond what was there, its result included."""
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     work()
-    return f"{(torch.cuda.max_memory_allocated(device) - before) / 1e6:.1f}"
+    return (torch.cuda.max_memory_allocated(device) - before) / 1e6
 
 
 def copy_speed(device: torch.device) -> float:
@@ -108,13 +108,18 @@ def rows(
     operation: str, works: dict[str, Callable], device: torch.device, least_bytes: int = 0, copy: float = 0
 ) -> list[tuple[str, ...]]:
     """One line for ours, which comes first, and one for each peer."""
-    timings = {who: timed(work, device) for who, work in works.items()}
+    return lines_of(operation, {who: timed(work, device) for who, work in works.items()}, least_bytes, copy)
+
+
+def lines_of(
+    operation: str, timings: dict[str, Timing], least_bytes: int = 0, copy: float = 0
+) -> list[tuple[str, ...]]:
     own, lines = next(iter(timings.values())).median, []
     for who, timing in timings.items():
         share = f"{least_bytes / timing.median / copy:.0%}" if least_bytes else ""
         host = "" if timing.host is None else f"{timing.host:.3f}"
-        figures = (f"{timing.median:.3f}", f"{timing.spread:.3f}", host, f"{own / timing.median:.2f}", share)
-        figures += (peak_megabytes(works[who], device),)
+        peak = "" if timing.megabytes is None else f"{timing.megabytes:.1f}"
+        figures = (f"{timing.median:.3f}", f"{timing.spread:.3f}", host, f"{own / timing.median:.2f}", share, peak)
         lines.append(("" if lines else operation, who, *figures))
     return lines
 
@@ -205,6 +210,34 @@ def training_rows(steps: int = 300) -> list[tuple[str, ...]]:
     return rows(f"{steps} training steps", {"ours": through_train, "bare loop": bare}, torch.device("cpu"))
 
 
+def sampling_rows(batch: int, device: torch.device, repeats: int = 5, size: int = 28) -> list[tuple[str, ...]]:
+    """Images of 28 x 28 drawn in three ways; the slow ones timed on a row in the middle, and scaled by positions."""
+    torch.manual_seed(0)
+    model, shape = pixelcnn().to(device), (batch, 1, size, size)
+    uniforms, parts = torch.rand(shape, dtype=torch.float64), {}
+
+    def draw(way: str, **options) -> tuple[float, Sample]:
+        started = time.perf_counter()
+        drawn = sample(model, shape, way, uniforms=uniforms, **options)
+        drawn.images.sum().item()  # the clock waits for the device
+        return (time.perf_counter() - started) * 1e3, drawn
+
+    _, whole = draw("cached")
+    parts["ours, cached"] = Timing([draw("cached")[0] for _ in range(repeats)])
+    given = torch.ones(shape, dtype=torch.bool)
+    given[:, :, size // 2] = False
+    reach = rows_above(model)
+    all_positions = {"naive": size**4, "restricted": size**2 * sum(min(y, reach) + 1 for y in range(size))}
+    for way, count in all_positions.items():
+        calls = []
+        for _ in range(1 + repeats):  # the first is slower
+            milliseconds, part = draw(way, known=given, values=whole.images, check=False)
+            assert disagreement(part.images, whole.images) < 0.005, f"{way} draws other images"
+            calls.append(milliseconds * count / part.positions)
+        parts[f"{way}, extrapolated from one row"] = Timing(calls[1:])
+    return lines_of(f"sampling {batch}x1x{size}x{size}", parts)
+
+
 def where(device: torch.device) -> str:
     """What the figures were measured on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, one thread"
@@ -248,6 +281,7 @@ def main() -> None:
     measured = [line for comparison in COMPARISONS for line in kernel_rows(comparison, device, copy)]
     others = [*functional_rows((60, 100), device), *functional_rows((64, 64, 32, 32), device)]
     others += [*optimizer_rows(10_000_000, 1), *optimizer_rows(10_000_000, 40), *training_rows()]
+    others += [line for batch in (1, 16) for line in sampling_rows(batch, device)]
     print(f"\n{align([HEAD, *measured, *others])}")
     if write and device.type == "cuda":
         PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), caption, measured), encoding="utf-8")

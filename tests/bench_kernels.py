@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from warp_cases import by_grid_sample, grid_of, sampled
 
-from reprise import metrics
+from reprise import kernels, metrics, sampling
 from reprise.kernels import adam_step, batch_norm, parzen, warp
+from reprise.nn import MaskedConv2d
 
 Works = dict[str, Callable[[], list[Tensor]]]
 
@@ -159,10 +160,26 @@ def parzen_windows(size: tuple[int, ...], device: torch.device) -> list[Callable
     return [lambda function=function: list(function(x, y, widths)) for function in functions]
 
 
+def pixelcnn(hidden: int = 32, depth: int = 6) -> nn.Module:
+    """7 x 7 with mask A, then masked 3 x 3 layers, a 1 x 1 head."""
+    middle = [layer for _ in range(depth) for layer in (nn.ReLU(), MaskedConv2d(hidden, hidden, 3, "B"))]
+    return nn.Sequential(MaskedConv2d(1, hidden, 7, "A"), *middle, nn.ReLU(), MaskedConv2d(hidden, 1, 1, "B"))
+
+
+def drawing(size: tuple[int, ...], device: torch.device) -> list[Callable]:
+    model = pixelcnn().to(device)
+    uniforms = torch.rand(size, dtype=torch.float64)
+    return [
+        lambda: [kernels.sample(model, size, uniforms=uniforms).images],
+        lambda: [sampling.sample(model, size, uniforms=uniforms, check=False).images],
+    ]
+
+
 CHAIN = ("grid_sample, its grid at hand", "flow to grid to grid_sample", "flow to grid to grid_sample, compiled")
 ADAMS = ("torch.optim.Adam fused", "torch.optim.Adam foreach", "torch.optim.Adam, a loop")
 PARZENS = ("reprise.metrics without the kernel, in chunks", "torch.cdist and logsumexp")
 NORMS = ("torch.nn.functional.batch_norm", "by hand", "by hand, compiled")
+CACHED = ("reprise.sampling, cached",)
 VIDEO = {"cuda": (8, 3, 1080, 1920), "cpu": (1, 3, 128, 128)}
 FEATURES = {"cuda": (16, 64, 128, 128), "cpu": (1, 16, 32, 32)}
 MAPS = {"cuda": (256, 64, 56, 56), "cpu": (8, 16, 14, 14)}
@@ -184,4 +201,7 @@ COMPARISONS = [
     Comparison(
         "Parzen", {"cuda": (10_000, 10_000, 784, 10), "cpu": (100, 150, 20, 3)}, PARZENS, lambda *_: 0, parzen_windows
     ),
+    # Limited by steps that wait for one another, not by bytes.
+    Comparison("sampling", {"cuda": (16, 1, 28, 28), "cpu": (2, 1, 5, 5)}, CACHED, lambda *size: 0, drawing),
+    Comparison("sampling", {"cuda": (1024, 1, 28, 28), "cpu": (1, 1, 4, 6)}, CACHED, lambda *size: 0, drawing),
 ]

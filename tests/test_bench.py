@@ -30,6 +30,18 @@ def test_a_peer_that_computes_something_else_is_found(monkeypatch):
         bench.kernel_rows(comparison, torch.device("cpu"), copy=0)
 
 
+def test_the_ways_of_sampling_draw_the_same_and_are_scaled_by_positions(monkeypatch):
+    clock = iter(range(10**6))  # every call takes one second
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
+    lines = bench.sampling_rows(2, torch.device("cpu"), repeats=2, size=12)
+    assert lines[0][:3] == ("sampling 2x1x12x12", "ours, cached", "1000.000")
+    # 12 of 144 positions are left to the naive way; the row in the middle sees 7 of them, all rows together 75.
+    assert [line[1:3] for line in lines[1:]] == [
+        ("naive, extrapolated from one row", "12000.000"),
+        ("restricted, extrapolated from one row", f"{1000 * 75 / 7:.3f}"),
+    ]
+
+
 def test_medians_and_spreads():
     timing = bench.timed(lambda: None, torch.device("cpu"), repeats=8)
     assert len(timing.calls) == 8

@@ -16,7 +16,8 @@ pytestmark = NEEDS_GPP
 EVERYTHING = """
 import torch
 from torch import nan, inf
-from reprise.kernels import adam_step, batch_norm, parzen, warp, warping, Kernel
+from pixel_cases import gated, plain
+from reprise.kernels import adam_step, batch_norm, parzen, sample, warp, warping, Kernel
 
 # Sizes beside every edge of a tile, of a warp and of a block; positions inside, outside, and nowhere.
 images = (1, 1, 1, 1), (2, 3, 5, 7), (1, 2, 1, 40), (3, 1, 9, 1)
@@ -42,6 +43,13 @@ for points, samples, size in [(1, 1, 1), (65, 63, 15), (3, 130, 17), (64, 64, 16
     for dtype in (torch.float32, torch.float16, torch.float64):
         x, y = (torch.randn(n, size).to(dtype) for n in (points, samples))
         parzen(x, y, torch.rand(5))
+
+# More outputs than a row of threads, kernels wider than the image, one row, one column, one pixel; all colours.
+sizes = (5, 4), (1, 5), (5, 1), (1, 1)
+for model, colours in [(plain(2, first=7, hidden=33), 1), (plain(1, colours=3, levels=4), 3), (gated(2, levels=3), 1)]:
+    for height, width in sizes:
+        sample(model, (2, colours, height, width))
+        sample(model, (2, colours, height, width), known=torch.rand(height, width) > 0.5, values=torch.tensor(1.0))
 print("done")
 """
 # The thread that has no pixel writes all the same.
@@ -65,6 +73,7 @@ def sanitized(program: str, cache: Path) -> subprocess.CompletedProcess:
         "LD_PRELOAD": str(Path(library).resolve()),  # it must be there before Python asks for memory
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
         "XDG_CACHE_HOME": str(cache),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
     }
     return subprocess.run(

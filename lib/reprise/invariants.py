@@ -1,6 +1,7 @@
 """What must stay true of a network while it learns, declared at the layer and checked during training.
 
     declare(model.hidden[1], mean=(-5, 5), saturated=(0, 0.9))
+    declare(pixelcnn, causal=True)
     for step in train("plain", 2000, model, optimizer): ...
 
 A violation stops the training with an error that names layer, step and value. Checks run at steps 0, 1, 2, 4,
@@ -14,6 +15,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+
+from .causality import find_leak, spread_places
 
 EVERY = 128
 
@@ -48,11 +51,14 @@ STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def declare(layer: nn.Module, **ranges: tuple[float, float]) -> nn.Module:
+def declare(layer: nn.Module, *, causal: bool = False, **ranges: tuple[float, float]) -> nn.Module:
     """Declare what must hold for a layer whenever it is trained; declaring again replaces.
 
     Args:
         layer: any module whose output is a tensor of shape (N, C, ...).
+        causal: that no output depends on its own pixel or a later one, in raster order, colours last; for a model that
+            is given images (N, C, H, W) and, perhaps, a condition. Checked by changing a few pixels of one image: a
+            likelihood that gets better because the answer leaks into the question stops the training.
         **ranges: (lowest, highest) allowed for ``mean`` and ``variance`` (of every channel of the output),
             ``saturated`` (share of outputs within 1 % of 0 or 1), ``range`` (of all outputs) or
             ``gradient`` (Euclidean norm of the gradient of the layer's parameters).
@@ -68,7 +74,7 @@ def declare(layer: nn.Module, **ranges: tuple[float, float]) -> nn.Module:
             raise ValueError(f"no statistic {name!r}; there are {', '.join([*STATISTICS, 'gradient'])}")
         if not low <= high:
             raise ValueError(f"{name}: the range ({low}, {high}) is empty")
-    layer._declared = dict(ranges)
+    layer._declared, layer._causal = dict(ranges), causal
     return layer
 
 
@@ -118,6 +124,8 @@ class Watch:
         def check(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
             if not layer.training:
                 return  # an evaluation between two steps
+            if layer._causal:
+                _require_causal(name, layer, step, *inputs)
             for statistic, allowed in layer._declared.items():
                 if statistic != "gradient":
                     _require(name, step, statistic, STATISTICS[statistic](output.detach()), allowed)
@@ -132,4 +140,15 @@ def _require(layer: str, step: int, statistic: str, values: Tensor, allowed: tup
         worst = highest if highest > high or math.isnan(highest) else lowest
         raise InvariantError(
             f"{layer} at step {step}: {statistic} is {worst:.4g}, declared to stay between {low:g} and {high:g}"
+        )
+
+
+def _require_causal(name: str, model: nn.Module, step: int, images: Tensor, condition: Tensor | None = None) -> None:
+    places = spread_places(images.shape[1:], start=step)
+    leak = find_leak(model, images[:1].detach(), None if condition is None else condition[:1], places)
+    if leak is not None:
+        layer = leak.layer if leak.layer.startswith("model (") else f"layer {leak.layer}"
+        raise InvariantError(
+            f"{name} at step {step}: {layer} sees what is still to come: changing the input at (row, column, colour) "
+            f"{leak.perturbed} changes its output at {leak.changed}"
         )

@@ -5,6 +5,17 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from . import functional
+from .masked import CausalSequential, GatedMaskedConv2d, GatedStack, MaskedConv2d, Residual
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "CausalSequential",
+    "GatedMaskedConv2d",
+    "GatedStack",
+    "MaskedConv2d",
+    "Residual",
+]
 
 
 class _OurForward(nn.modules.batchnorm._BatchNorm):

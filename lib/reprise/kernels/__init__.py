@@ -5,8 +5,9 @@
 
 from .adam import adam_step
 from .density import parzen
+from .drawing import sample
 from .launch import Kernel
 from .normalising import batch_norm
 from .warping import warp
 
-__all__ = ["Kernel", "adam_step", "batch_norm", "parzen", "warp"]
+__all__ = ["Kernel", "adam_step", "batch_norm", "parzen", "sample", "warp"]
