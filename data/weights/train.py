@@ -30,7 +30,7 @@ from reprise.training import Batches, train
 
 HERE = Path(__file__).parent
 BATCH, RATE, WARM_UP, DECAY = 128, 0.15, 200, 5e-4
-SIZES = (24, 40), (40, 72)  # pixels an image is enlarged or reduced to: range at the first step, range at the last
+SIZES = (24, 32), (32, 64)  # pixels an image is enlarged or reduced to: range at the first step, range at the last
 COLOUR = 0.3  # weight of the second head's error
 JUDGED_AT = 32, 48, 64  # pixels
 
@@ -97,7 +97,7 @@ def folded(net: features.Features, trunk: nn.Sequential) -> dict[str, Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the network that ships with this repository.")
     parser.add_argument("--data", default="cifar10_subset", choices=["cifar10_subset", "cifar10"])
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--steps", type=int, default=1300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=HERE, help="folder for weights and record")
     given = parser.parse_args()
@@ -136,7 +136,7 @@ def main() -> None:
         (loss + COLOUR * off).backward()
         optimizer.step()
         training.log(loss=loss, colours=off)
-        if (step + 1) % 200 == 0 or step == given.steps - 1:
+        if (step + 1) % 100 == 0 or step == given.steps - 1:
             trunk.eval()
             right = {
                 size: share_right(lambda x: seen_by(trunk, x), heads["classes"], valid_images, valid.labels, size)
@@ -188,7 +188,7 @@ def write(given: argparse.Namespace, best: dict, curve: list[dict], seconds: flo
             "chosen_step": best["step"],
             "batch": BATCH,
             "optimizer": f"SGD, Nesterov momentum 0.9, weight decay {DECAY}, rate {RATE} to 0 along a cosine",
-            "loss": f"cross-entropy, labels smoothed by 0.1, + {COLOUR} x squared error of colours' means and deviations",
+            "loss": f"cross-entropy, labels smoothed by 0.1, + {COLOUR} x squared error of colours (mean, deviation)",
             "augmentation": "random crop, stretch, shift and mirroring; no change of colours",
             "sizes": f"multiples of 8 px, from {SIZES[0]} at the first step to {SIZES[1]} at the last",
             "seed": given.seed,

@@ -22,7 +22,7 @@ __all__ = ["NETWORKS", "Features", "load"]
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CIFAR = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
-_QUIET = 0.01  # of its layer's mean: filters that fire less than this are normalised as if they fired this much
+_QUIET = 0.01  # of its convolution's mean: filters that fire less are normalised as if they fired this much
 
 
 class Rectified(nn.Module):
@@ -220,7 +220,8 @@ def load(
     for given, known in ((name, NETWORKS), (weights, ("trained", *_RANDOM)), (pooling, ("average", "max"))):
         if given not in known:
             raise ValueError(f"features.load: no {given!r}; there are {', '.join(known)}")
-    net = NETWORKS[name](pooling)
+    with torch.random.fork_rng(devices=[]):  # torch fills new layers with random numbers, which we replace
+        net = NETWORKS[name](pooling)
     if weights == "trained":
         net.blocks.load_state_dict(_trained(name, net))
     else:
