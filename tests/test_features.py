@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 import torchvision
+from safetensors.torch import load_file
 from torch import nn
 
 from reprise import data, features
@@ -272,7 +276,7 @@ def nowhere(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["vgg19", "squeezenet"])
 def test_without_the_weights_the_one_that_ships_is_named(nowhere, name):
     with pytest.raises(
-        DataError, match=f"{name}: .*REPRISE_MIRROR .*torch_hub/{name}.*'reprise' needs no down"
+        DataError, match=rf"{name}: .*REPRISE_MIRROR .*torch_hub/{name}.*reprise.*needs no download$"
     ) as caught:
         features.load(name)
     assert len(str(caught.value).splitlines()) == 1
@@ -310,9 +314,83 @@ def test_our_network_ships(nowhere, monkeypatch):
     assert len(content) < 3e6
 
 
+@pytest.fixture(scope="module")
+def training():
+    """The script that trained our network, as a module."""
+    spec = importlib.util.spec_from_file_location("train_reprise", ROOT / "data" / "weights" / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_folding_takes_the_batch_normalisation_away_and_changes_nothing(training):
+    net = features.load("reprise", "he")
+    trunk = training.to_train(net)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for module in trunk.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                for tensor in (module.weight, module.running_var):
+                    tensor.uniform_(0.5, 2)
+                for tensor in (module.bias, module.running_mean):
+                    tensor.normal_()
+    trunk.eval()
+    net.blocks.load_state_dict(
+        {key.replace(".", ".conv."): value for key, value in training.folded(net, trunk).items()}
+    )
+    images = picture(2, 3, 40, 40)
+    expected = trunk(net.pre(images)).detach()
+    assert expected.std() > 0.1
+    torch.testing.assert_close(net(images, ["conv5_1"])["conv5_1"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_the_training_writes_is_what_is_loaded(training, tmp_path, monkeypatch):
+    class Part(NamedTuple):
+        images: torch.Tensor
+        labels: torch.Tensor
+
+    def few(name, split):
+        return Part(picture(250, 3, 32, 32), torch.arange(250) % 10)
+
+    monkeypatch.setattr(training, "load", few)
+    monkeypatch.setattr(training, "JUDGED_AT", (16,))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--steps", "2", "--out", str(tmp_path / "weights")])
+    (tmp_path / "weights").mkdir()
+    training.main()
+    record = json.loads((tmp_path / "weights" / "reprise.json").read_text(encoding="utf-8"))
+    assert [entry["step"] for entry in record["curve"]] == [2]
+    facts = data.describe("reprise") | {"files": {record["file"]: {"sha256": record["sha256"]}}}
+    monkeypatch.setattr(files, "descriptions", lambda: {"reprise": facts})
+    monkeypatch.setattr(files, "_HOME", tmp_path)
+    net = features.load("reprise")
+    assert sum(p.numel() for p in net.parameters()) == record["parameters"]
+    assert net(picture(1, 3, 32, 32), ["conv5_1"])["conv5_1"].std() > 0
+
+
+@pytest.mark.mirror
+def test_our_network_sees_what_its_record_says(training):
+    """On the validation split; the test split was looked at once, when the weights were made."""
+    record = json.loads((ROOT / "data" / "weights" / "reprise.json").read_text(encoding="utf-8"))
+    if not data.at_hand(record["data"]["name"]):
+        pytest.skip(f"the mirror has no {record['data']['name']}")
+    net, classifier = features.load("reprise"), nn.Linear(256, 10)
+    stored = load_file(ROOT / "data" / "weights" / record["file"])
+    classifier.load_state_dict({name: stored[f"classifier.{name}"].float() for name in ("weight", "bias")})
+    part = data.load(record["data"]["name"], "valid")
+    right = training.share_right(
+        lambda x: net(x, ["conv5_1"])["conv5_1"].mean((2, 3)),
+        classifier,
+        part.images,
+        part.labels,
+        record["accuracy"]["size"],
+    )
+    assert abs(right - record["accuracy"]["valid"]) <= 0.003
+    assert record["accuracy"]["test"] > 0.7
+
+
 def test_our_network_missing_is_one_clear_line(nowhere, monkeypatch):
     monkeypatch.setattr(files, "_HOME", nowhere)
-    with pytest.raises(DataError, match=r"reprise: no intact reprise\.safetensors.*train\.py brings it back") as caught:
+    with pytest.raises(DataError, match=r"reprise: no intact reprise\.safetensors.*git brings it back$") as caught:
         features.load("reprise")
     assert len(str(caught.value).splitlines()) == 1
     (nowhere / "weights").mkdir()

@@ -269,11 +269,7 @@ def _trained(name: str, net: Features) -> dict[str, Tensor]:
 def _file(name: str) -> Path:
     """The file of a network's weights, its checksum put down for the record of a run."""
     (file,) = files.descriptions()[name]["files"]
-    try:
-        path = files.obtain(name, file)
-    except files.DataError as error:
-        offline = "git or data/weights/train.py brings it back" if name == "reprise" else "'reprise' needs no download"
-        raise files.DataError(f"{error}; {offline}") from None
+    path = files.obtain(name, file)
     data.loaded[f"{name}/weights"] = files.sha256(path)
     return path
 

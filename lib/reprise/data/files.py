@@ -56,6 +56,7 @@ def obtain(dataset: str, file: str) -> Path:
         raise DataError(
             f"{dataset}: no intact {file}; set REPRISE_MIRROR to a folder that has {_folder(dataset)}/{file}"
             + "".join(f"; {problem}" for problem in damaged)
+            + _otherwise(dataset)
         )
     return _download(dataset, file, [url + file for url in facts["urls"]], damaged)
 
@@ -73,6 +74,11 @@ def at_hand(dataset: str) -> bool:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _otherwise(dataset: str) -> str:
+    """What a reader can do without the files, if ``datasets.yaml`` knows something."""
+    return f"; {words}" if (words := descriptions()[dataset].get("otherwise")) else ""
 
 
 def _folder(dataset: str) -> str:
@@ -118,6 +124,7 @@ def _download(dataset: str, file: str, urls: list[str], damaged: list[str]) -> P
     raise DataError(
         f"{dataset}: {file} could not be downloaded ({'; '.join([*damaged, problem])}). Without a network, set "
         f"REPRISE_MIRROR to a folder that has {_folder(dataset)}/{file}, or put the file into {target.parent}"
+        + _otherwise(dataset)
     )
 
 
