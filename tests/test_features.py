@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import json
@@ -143,6 +144,7 @@ def test_normalising_scales_layers_and_changes_nothing_else(name, pooling):
 
 def test_normalised_means_the_bundled_photographs():
     net = features.load("reprise", normalised=True)
+    assert {mean.dtype for mean in copy.deepcopy(net).double().means.values()} == {torch.float64}
     photographs = features._photographs()
     assert photographs.shape == (6, 3, 224, 224)
     shares = []

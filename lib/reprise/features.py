@@ -96,7 +96,7 @@ class Features(nn.Module):
         Args:
             images: RGB, shape (N, 3, H, W), floating-point, 0 to 1 (an optimiser may overstep), H and W at least
                 ``smallest``. Differentiable.
-            layers: names out of ``self.layers``.
+            layers: names out of ``self.layers``, or a single one.
 
         Returns:
             Name to tensor (N, C, H', W'), in the order asked for.
@@ -133,8 +133,8 @@ class Features(nn.Module):
         Gatys et al. 2015 (arXiv 1508.06576), Methods. ReLU and pooling let a positive factor through, so each
         filter's weights and bias are divided by its mean and the next layer's weights for it multiplied: a layer
         of the old network is ``self.means[name][:, None, None]`` times that of the new one, on any image. A filter
-        that fires less than a hundredth as much as its layer does on average is divided by that hundredth, since
-        what is almost always silent would otherwise be almost all noise; its mean then stays below 1.
+        that fires less than a hundredth as much as the filters of its convolution do on average is divided by that
+        hundredth, since one that never fires cannot be normalised; its mean then stays below 1.
         """
         self._check(images)
         x, before, seen = self.pre(images), torch.ones_like(self.mean.flatten()), {}
@@ -146,6 +146,11 @@ class Features(nn.Module):
                 x = block(x)
         self.means = seen
         return self
+
+    def _apply(self, change: Callable[[Tensor], Tensor], recurse: bool = True) -> Features:
+        """What ``to``, ``double`` and ``cuda`` do to parameters and buffers; the means go along."""
+        self.means = {name: change(mean) for name, mean in self.means.items()}
+        return super()._apply(change, recurse)
 
     def _check(self, images: Tensor) -> None:
         shape = tuple(images.shape)
