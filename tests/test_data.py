@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from reprise import data
+from reprise import data, features
 from reprise.data import DataError, describe, descriptions, files, load
 from reprise.data.letters import FAMILIES, letters
 
@@ -181,10 +182,14 @@ def test_datasets_yaml_says_everything():
     for name, facts in descriptions().items():
         assert {"title", "source", "licence", "size"} <= facts.keys(), name
         assert ("in" in facts) != ("files" in facts), f"{name} is either in a package or a list of files"
-        assert facts.keys() <= {"title", "source", "licence", "size", "splits", "in", "files", "urls"}
-        assert all(len(file["sha256"]) == 64 for file in facts.get("files", {}).values())
-        assert name in data._LOADERS
-    assert data._LOADERS.keys() == descriptions().keys()
+        known = "title kind source licence size splits in files urls folder tracked otherwise"
+        assert facts.keys() <= set(known.split())
+        for file in facts.get("files", {}):
+            assert all(re.fullmatch("[0-9a-f]{64}", checksum) for checksum in files._checksums(name, file))
+        assert facts.get("kind", "weights") == "weights"
+        assert "tracked" not in facts or "urls" not in facts
+    assert data._LOADERS.keys() == {name for name, facts in descriptions().items() if "kind" not in facts}
+    assert features.NETWORKS.keys() == {name for name, facts in descriptions().items() if "kind" in facts}
 
 
 @pytest.fixture
@@ -303,6 +308,37 @@ def test_the_mirror_comes_before_the_network_but_not_when_damaged(host, tmp_path
     mirror.write_bytes(CONTENT[:-1])
     assert files.obtain("toy", "toy.bin") == tmp_path / "data" / "toy" / "toy.bin"
     assert mirror.read_bytes() == CONTENT[:-1], "the mirror is somebody else's"
+
+
+def test_a_file_may_lie_in_a_folder_of_another_name_and_have_two_checksums(host, tmp_path, monkeypatch):
+    toy = files.descriptions()["toy"]
+    toy["folder"] = "shared"
+    toy["files"]["toy.bin"]["sha256"] = ["0" * 64, toy["files"]["toy.bin"]["sha256"]]
+    assert files.obtain("toy", "toy.bin") == tmp_path / "data" / "shared" / "toy.bin"
+    mirror = tmp_path / "mirror" / "shared" / "toy.bin"
+    mirror.parent.mkdir(parents=True)
+    mirror.write_bytes(CONTENT)
+    monkeypatch.setenv("REPRISE_MIRROR", str(tmp_path / "mirror"))
+    monkeypatch.setenv("REPRISE_DATA", str(tmp_path / "empty"))
+    assert files.obtain("toy", "toy.bin") == mirror
+    mirror.write_bytes(CONTENT[::-1])
+    host.answers = ["another"] * 3
+    with pytest.raises(DataError, match=r"shared.toy\.bin is damaged.*a folder that has shared/toy\.bin"):
+        files.obtain("toy", "toy.bin")
+
+
+def test_what_is_tracked_lies_in_the_checkout_wherever_the_data_is(host, tmp_path, monkeypatch):
+    toy = files.descriptions()["toy"]
+    toy |= {"folder": "weights", "tracked": True}
+    del toy["urls"]
+    monkeypatch.setattr(files, "_HOME", tmp_path / "checkout")
+    with pytest.raises(DataError, match=r"no intact toy\.bin"):
+        files.obtain("toy", "toy.bin")
+    place = tmp_path / "checkout" / "weights" / "toy.bin"
+    place.parent.mkdir(parents=True)
+    place.write_bytes(CONTENT)
+    assert files.obtain("toy", "toy.bin") == place
+    assert host.asked == []
 
 
 def test_two_that_ask_at_once_download_once(host, tmp_path):

@@ -82,7 +82,7 @@ def test_tracked_texts_name_no_registry_and_no_machine():
     found = []
     for path in git("ls-files"):
         # These two spell out what they look for, or hide it inside pictures.
-        if path.endswith((".png", ".ipynb")) or path.startswith("tests/test_notebooks"):
+        if path.endswith((".png", ".ipynb", ".safetensors")) or path.startswith("tests/test_notebooks"):
             continue
         for number, line in enumerate((ROOT / path).read_text(encoding="utf-8").splitlines(), 1):
             if match := forbidden.search(line):

@@ -178,3 +178,30 @@ def generator_loss(fake_logits: Tensor, saturating: bool = False) -> Tensor:
         A scalar in nats.
     """
     return -F.softplus(fake_logits).mean() if saturating else F.softplus(-fake_logits).mean()
+
+
+def gram_matrix(features: Tensor) -> Tensor:
+    """Inner products between feature maps (Gatys et al. 2015, arXiv 1508.06576, Eq. 3):
+
+        G_ij = sum over positions k of F_ik F_jk.
+
+    The plain sum: divided neither by the number of positions nor by that of channels.
+
+    Args:
+        features: shape (N, C, H, W), floating-point.
+
+    Returns:
+        Shape (N, C, C), symmetric. Half precision, in which the sum soon overflows, gives float32.
+
+    Raises:
+        ValueError: for other shapes, or types that are not floating-point.
+    """
+    if features.dim() != 4 or not features.is_floating_point():
+        raise ValueError(
+            f"gram_matrix takes floating-point features (N, C, H, W), got {features.dtype} of shape "
+            f"{tuple(features.shape)}"
+        )
+    f = features.flatten(2)
+    if f.dtype in (torch.float16, torch.bfloat16):
+        f = f.float()
+    return f @ f.transpose(1, 2)

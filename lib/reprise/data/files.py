@@ -1,7 +1,8 @@
 """Files that do not ship inside a package: found, checked by sha256 before every use, downloaded where missing.
 
 ``REPRISE_DATA`` moves the folder they are kept in (``data/`` of the checkout). ``REPRISE_MIRROR`` names a folder that
-is looked in before the network, laid out as ``<dataset>/<file>``; files are used from there in place.
+is looked in before the network, laid out as ``<dataset>/<file>``; files are used from there in place. In both, what
+has a ``folder`` in ``datasets.yaml`` lies in that one; what is ``tracked`` lies in the checkout and is never fetched.
 """
 
 from __future__ import annotations
@@ -53,8 +54,9 @@ def obtain(dataset: str, file: str) -> Path:
     damaged = [f"{path} is damaged (another sha256 than expected)" for path in found]
     if "urls" not in facts:
         raise DataError(
-            f"{dataset}: no intact {file}; set REPRISE_MIRROR to a folder that has {dataset}/{file}"
+            f"{dataset}: no intact {file}; set REPRISE_MIRROR to a folder that has {_folder(dataset)}/{file}"
             + "".join(f"; {problem}" for problem in damaged)
+            + _otherwise(dataset)
         )
     return _download(dataset, file, [url + file for url in facts["urls"]], damaged)
 
@@ -74,41 +76,59 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _otherwise(dataset: str) -> str:
+    """What a reader can do without the files, if ``datasets.yaml`` knows something."""
+    return f"; {words}" if (words := descriptions()[dataset].get("otherwise")) else ""
+
+
+def _folder(dataset: str) -> str:
+    return descriptions()[dataset].get("folder", dataset)
+
+
 def _places(dataset: str) -> Iterable[Path]:
-    yield folder() / dataset
+    if descriptions()[dataset].get("tracked"):
+        yield _HOME / _folder(dataset)
+    yield folder() / _folder(dataset)
     if mirror := os.environ.get("REPRISE_MIRROR"):
-        yield Path(mirror).expanduser() / dataset
+        yield Path(mirror).expanduser() / _folder(dataset)
+
+
+def _checksums(dataset: str, file: str) -> list[str]:
+    """The sha256 a file may have; more than one where several releases of it hold the same."""
+    known = descriptions()[dataset]["files"][file]["sha256"]
+    return [known] if isinstance(known, str) else known
 
 
 def _intact(dataset: str, file: str) -> Path | None:
     """The first copy of a file whose content is what it should be."""
-    expected = descriptions()[dataset]["files"][file]["sha256"]
+    expected = _checksums(dataset, file)
     for place in _places(dataset):
-        if (place / file).is_file() and sha256(place / file) == expected:
+        if (place / file).is_file() and sha256(place / file) in expected:
             return place / file
     return None
 
 
 def _download(dataset: str, file: str, urls: list[str], damaged: list[str]) -> Path:
-    target = folder() / dataset / file
+    target = folder() / _folder(dataset) / file
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # Of two processes that ask at once, one waits and then finds what the other has brought.
         with FileLock(target.with_name(f"{file}.lock")):
             if path := _intact(dataset, file):
                 return path
-            problem = _fetch(target, urls, descriptions()[dataset]["files"][file]["sha256"])
+            problem = _fetch(target, urls, _checksums(dataset, file))
     except OSError as error:
         raise DataError(f"{dataset}: {file} could not be written to {target.parent}: {error.strerror}") from None
     if problem is None:
         return target
     raise DataError(
         f"{dataset}: {file} could not be downloaded ({'; '.join([*damaged, problem])}). Without a network, set "
-        f"REPRISE_MIRROR to a folder that has {dataset}/{file}, or put the file into {target.parent}"
+        f"REPRISE_MIRROR to a folder that has {_folder(dataset)}/{file}, or put the file into {target.parent}"
+        + _otherwise(dataset)
     )
 
 
-def _fetch(target: Path, urls: list[str], expected: str) -> str | None:
+def _fetch(target: Path, urls: list[str], expected: list[str]) -> str | None:
     """Download a file under a temporary name, check it, rename it. What was the matter last, if nothing helped."""
     temporary = target.with_name(f"{target.name}.part")
     problem = None
@@ -121,7 +141,7 @@ def _fetch(target: Path, urls: list[str], expected: str) -> str | None:
                 except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
                     problem = f"{url}: {getattr(error, 'reason', error)}"
                     continue
-                if sha256(temporary) == expected:
+                if sha256(temporary) in expected:
                     os.replace(temporary, target)
                     return None
                 problem = f"{url} sent another file than expected (sha256 differs)"

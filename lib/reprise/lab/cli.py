@@ -124,7 +124,7 @@ def collect(folder) -> None:
 @main.command()
 @click.argument("names", nargs=-1, required=True, metavar="NAME…")
 def fetch(names) -> None:
-    """Download datasets ahead of time."""
+    """Download datasets and networks' weights ahead of time."""
     for name in names:
         runner.require_data((name,))
         click.echo(f"{name}: at hand")

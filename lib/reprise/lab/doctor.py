@@ -30,7 +30,7 @@ def examine(checkout: Checkout) -> list[tuple[str, str]]:
     mirror = os.environ.get("REPRISE_MIRROR")
     rows.append(("mirror", mirror or "REPRISE_MIRROR is not set: nothing is looked up before the network"))
     for name, facts in descriptions().items():
-        rows.append((f"data: {name}", f"{facts['size']}, {_whereabouts(name, facts)}"))
+        rows.append((f"{facts.get('kind', 'data')}: {name}", f"{facts['size']}, {_whereabouts(name, facts)}"))
     return rows
 
 
