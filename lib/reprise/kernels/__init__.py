@@ -7,6 +7,7 @@ from .adam import adam_step
 from .density import parzen
 from .launch import Kernel
 from .normalising import batch_norm
+from .switching import switched_conv2d
 from .warping import warp
 
-__all__ = ["Kernel", "adam_step", "batch_norm", "parzen", "warp"]
+__all__ = ["Kernel", "adam_step", "batch_norm", "parzen", "switched_conv2d", "warp"]
