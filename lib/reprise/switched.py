@@ -11,7 +11,7 @@ from torch import Tensor
 from . import kernels
 from .kernels import on_cuda, switching
 
-_ROWS = 512  # patches that are multiplied at a time: few enough to stay in the processor's cache
+_NUMBERS = 2**18  # in patches that are multiplied at a time: few enough to stay in the processor's cache
 
 
 def switched_conv2d(
@@ -53,9 +53,7 @@ def switched_conv2d(
         return mixed if bias is None else mixed + bias[:, None, None]
     if on_cuda.usable(x):
         return kernels.switched_conv2d(x, weight, selector, bias, stride, padding)
-    if not selector.numel():
-        return _all_kernels(x, weight, stride, padding)[:, 0]
-    low, high = (int(value) for value in selector.aminmax())
+    low, high = (int(value) for value in selector.aminmax()) if selector.numel() else (0, 0)
     if low < 0 or high >= weight.size(0):
         raise ValueError(
             f"switched_conv2d takes a selector of indices from 0 to {weight.size(0) - 1}, for a weight "
@@ -82,11 +80,12 @@ class _Switched(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, selector: Tensor, stride: int, padding: int) -> Tensor:
         ctx.save_for_backward(x, weight, selector)
         ctx.stride, ctx.padding = stride, padding
-        patches, matrices = _Patches(x, weight, selector, stride, padding), _matrices(weight)
-        out = x.new_empty(selector.numel(), weight.size(1))
-        for kernel, positions in _by_kernel(selector, len(weight)):
-            out.index_copy_(0, positions, patches.at(positions) @ matrices[kernel])
-        return out.view(*selector.shape, -1).movedim(-1, 1)
+        ctx.patches = patches = _Patches(x, weight, selector, stride, padding)
+        matrices, rows = _matrices(weight), x.new_empty(selector.numel(), weight.size(1))
+        for kernel, some in patches.by_kernel():
+            torch.mm(patches[some], matrices[kernel], out=rows[some])
+        out = torch.empty_like(rows).index_copy_(0, patches.order, rows)
+        return out.view(*selector.shape, weight.size(1)).movedim(-1, 1)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -98,16 +97,15 @@ class _Switched(torch.autograd.Function):
             return *torch.autograd.grad(y, (x, weight), grad, create_graph=True), None, None, None
 
         to_x, to_weight = ctx.needs_input_grad[:2]
-        patches, matrices = _Patches(x, weight, selector, ctx.stride, ctx.padding), _matrices(weight)
-        grad = grad.movedim(1, -1).flatten(0, 2)  # (N H' W', C_out)
+        patches, matrices = ctx.patches, _matrices(weight)
+        slopes = grad.movedim(1, -1).flatten(0, 2).index_select(0, patches.order)  # (N H' W', C_out)
         grad_matrices = torch.zeros_like(matrices) if to_weight else None
         grad_patches = patches.empty() if to_x else None
-        for kernel, positions in _by_kernel(selector, len(weight)):
-            slope = grad.index_select(0, positions)
+        for kernel, some in patches.by_kernel():
             if to_weight:
-                grad_matrices[kernel].addmm_(patches.at(positions).T, slope)
+                grad_matrices[kernel] += patches[some].T @ slopes[some]
             if to_x:
-                grad_patches.index_copy_(0, positions, slope @ matrices[kernel].T)
+                torch.mm(slopes[some], matrices[kernel].T, out=grad_patches[some])
         grad_weight = grad_matrices.view(weight.permute(0, 3, 4, 2, 1).shape) if to_weight else None
         return (
             patches.sum_over_overlaps(grad_patches) if to_x else None,
@@ -121,59 +119,66 @@ def _matrices(weight: Tensor) -> Tensor:
     return weight.permute(0, 3, 4, 2, 1).flatten(1, 3)
 
 
-def _by_kernel(selector: Tensor, kernels: int) -> Iterator[tuple[int, Tensor]]:
-    """Every kernel that is selected, with the positions that select it, in their order, not too many at a time."""
-    selector = selector.flatten()
-    counts = torch.bincount(selector, minlength=kernels).tolist()
-    for kernel, positions in enumerate(torch.sort(selector, stable=True).indices.split(counts)):
-        for some in positions.split(_ROWS) if len(positions) else ():
-            yield kernel, some
-
-
 class _Patches:
-    """The k x k patches of an input, one for each position of the output: rows of k * k * C_in numbers."""
+    """The k x k patches of an input, one for each position of the output, sorted by the kernel that is selected there.
+
+    ``patches[some]`` are those from one place to another in that order, as rows (P, k * k * C_in).
+    """
 
     def __init__(self, x: Tensor, weight: Tensor, selector: Tensor, stride: int, padding: int) -> None:
         n, channels, height, width = x.shape
         _, out_height, out_width = selector.shape
         self.shape, self.out_shape, self.size = x.shape, selector.shape, weight.size(-1)
         self.stride, self.padding = stride, padding
+        self.order = torch.sort(selector.flatten(), stable=True).indices
+        self.counts = torch.bincount(selector.flatten(), minlength=len(weight)).tolist()
+
         self.padded = x.new_zeros(n, height + 2 * padding, width + 2 * padding, channels)
-        self.inside(self.padded).copy_(x.movedim(1, -1))
-
-        # Where each line of each patch begins, counted in pixels of the padded input.
-        pixel = torch.arange(self.padded[..., 0].numel(), device=x.device).view(self.padded.shape[:3])
-        first = pixel[:, ::stride, ::stride][:, :out_height, :out_width].flatten()
-        self.begin = first[:, None] + torch.arange(self.size, device=x.device) * self.padded.size(2)
+        self.without_padding(self.padded).copy_(x.movedim(1, -1))
         # From every pixel on, the line of a patch that begins there: the lines overlap in memory.
-        self.lines = self.padded.as_strided((pixel.numel() - self.size + 1, self.size * channels), (channels, 1))
+        pixel = torch.arange(self.padded[..., 0].numel(), device=x.device).view(self.padded.shape[:3])
+        count = max(pixel.numel() - self.size + 1, 0)
+        self.lines = self.padded.as_strided((count, self.size * channels), (channels, 1))
+        # At which pixels the lines of each patch begin.
+        first = pixel[:, ::stride, ::stride][:, :out_height, :out_width].flatten()[self.order]
+        self.begin = first[:, None] + torch.arange(self.size, device=x.device) * self.padded.size(2)
 
-    def inside(self, padded: Tensor) -> Tensor:
-        """A padded tensor (N, H + 2 padding, W + 2 padding, ...) without its padding."""
+    def __getitem__(self, some: slice) -> Tensor:
+        begin = self.begin[some]
+        return self.lines.index_select(0, begin.flatten()).view(len(begin), self.size * self.lines.size(1))
+
+    def by_kernel(self) -> Iterator[tuple[int, slice]]:
+        """Every kernel that is selected, and from where to where its patches are, not too many at a time."""
+        most = max(1, _NUMBERS // (self.size * self.lines.size(1)))
+        first = 0
+        for kernel, count in enumerate(self.counts):
+            for begin in range(first, first + count, most):
+                yield kernel, slice(begin, min(begin + most, first + count))
+            first += count
+
+    def without_padding(self, padded: Tensor) -> Tensor:
+        """Those pixels of a padded tensor (N, H + 2 padding, W + 2 padding, ...) that are the input's."""
         _, _, height, width = self.shape
         return padded[:, self.padding : self.padding + height, self.padding : self.padding + width]
 
-    def at(self, positions: Tensor) -> Tensor:
-        """Shape (P, k * k * C_in)."""
-        return self.lines.index_select(0, self.begin[positions].flatten()).view(len(positions), -1)
-
     def empty(self) -> Tensor:
-        """A row for every position, to be filled, and one of zeros."""
-        rows = self.padded.new_empty(len(self.begin) + 1, self.size * self.size * self.shape[1])
+        """A row for every patch, to be filled, and one of zeros."""
+        rows = self.padded.new_empty(len(self.begin) + 1, self.size * self.lines.size(1))
         rows[-1] = 0
         return rows
 
     def sum_over_overlaps(self, rows: Tensor) -> Tensor:
-        """The gradient of an input, given that of its patches: each pixel gathers from all patches that it is in."""
-        positions, taps = len(self.begin), self.size * self.size
-        place = torch.arange(positions * taps, device=rows.device).view(*self.out_shape, self.size, self.size)
-        # Which pixels of patches a pixel is; those of the row of zeros where there is none.
-        same = place.new_full((*self.padded.shape[:3], taps), positions * taps)
-        for i in range(self.size):
-            for j in range(self.size):
-                at = (slice(i, None, self.stride), slice(j, None, self.stride))
-                reached = same[:, *at, i * self.size + j][:, : place.size(1), : place.size(2)]
-                reached.copy_(place[..., i, j])
-        bags = self.inside(same).reshape(-1, taps)
+        """The gradient of the input, given that of its patches: each pixel gathers from all patches that it is in."""
+        taps = self.size**2
+        place = torch.empty_like(self.order)
+        place[self.order] = torch.arange(0, len(place) * taps, taps, device=place.device)
+        place = place.view(self.out_shape)
+        # Which pixels of which patches a pixel is; where it is fewer, those of the row of zeros.
+        same = place.new_full((*self.padded.shape[:3], taps), place.numel() * taps)
+        for tap in range(taps):
+            down, right = divmod(tap, self.size)
+            reached = same[:, down :: self.stride, right :: self.stride, tap]
+            torch.add(place, tap, out=reached[:, : place.size(1), : place.size(2)])
+        bags = self.without_padding(same).reshape(-1, taps)
         summed = F.embedding_bag(bags, rows.view(-1, self.shape[1]), mode="sum")
-        return summed.view(self.shape[0], *self.shape[2:], -1).movedim(-1, 1)
+        return summed.view(self.shape[0], *self.shape[2:], self.shape[1]).movedim(-1, 1)
