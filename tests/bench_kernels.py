@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from switched_cases import by_convolutions, by_one_convolution
 from torch import Tensor
 from warp_cases import by_grid_sample, grid_of, sampled
 
 from reprise import metrics
-from reprise.kernels import adam_step, batch_norm, parzen, warp
+from reprise.kernels import adam_step, batch_norm, parzen, switched_conv2d, warp
 
 Works = dict[str, Callable[[], list[Tensor]]]
 
@@ -22,7 +24,8 @@ class Comparison:
     """One operation: its sizes, and who does it. ``prepare`` returns the calls in the order of ``peers``, ours first.
 
     ``least`` is how many bytes have to be read and written whoever does it, so that a share of a copy's speed can be
-    told; 0 where arithmetic is the limit. Peers whose name ends in "compiled" are left out on the CPU.
+    told; 0 where arithmetic is the limit. Peers whose name ends in "compiled" are left out on the CPU. Yardsticks come
+    after the peers; they compute something else, or with fewer digits, and their results are not compared.
     """
 
     name: str
@@ -30,6 +33,7 @@ class Comparison:
     peers: tuple[str, ...]
     least: Callable[..., int]
     prepare: Callable[[tuple[int, ...], torch.device], list[Callable[[], list[Tensor]]]]
+    yardsticks: tuple[str, ...] = ()
 
     def size(self, device: str) -> tuple[int, ...]:
         return self.sizes[device]
@@ -39,7 +43,8 @@ class Comparison:
 
     def who(self, device: str) -> list[str]:
         ours = "ours" if device == "cuda" else "ours, through g++"
-        return [ours, *(peer for peer in self.peers if device == "cuda" or not peer.endswith("compiled"))]
+        peers = [peer for peer in self.peers if device == "cuda" or not peer.endswith("compiled")]
+        return [ours, *peers, *self.yardsticks]
 
     def works(self, size: tuple[int, ...], device: torch.device) -> Works:
         return dict(zip(self.who(device.type), self.prepare(size, device), strict=False))
@@ -159,9 +164,51 @@ def parzen_windows(size: tuple[int, ...], device: torch.device) -> list[Callable
     return [lambda function=function: list(function(x, y, widths)) for function in functions]
 
 
+def plain_convolution(x: Tensor, weight: Tensor, selector: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
+    return F.conv2d(x, weight[0], bias, stride, padding)
+
+
+def in_precision(work: Callable, tf32: bool) -> Callable:
+    """With ten bits of fraction, as torch convolves by default on GPUs of the last years, or with all of float32's."""
+
+    def run() -> list[Tensor]:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=tf32):
+            return work()
+
+    return run
+
+
+def switched_conv(size: tuple[int, ...], device: torch.device, backward: bool = False) -> list[Callable]:
+    """Every position draws its kernel for itself: the worst case, since neighbours seldom share one."""
+    n, in_channels, out_channels, height, width, k, kernels = size
+    x = torch.randn(n, in_channels, height, width, device=device).to(memory_format=torch.channels_last)
+    weight = torch.randn(kernels, out_channels, in_channels, k, k, device=device)
+    selector = torch.randint(kernels, (n, height, width), dtype=torch.uint8, device=device)
+    leaves = [x, weight, torch.randn(out_channels, device=device)]
+
+    def calling(function: Callable) -> Callable:
+        def forward() -> Tensor:
+            return function(leaves[0], leaves[1], selector, leaves[2], 1, k // 2)
+
+        if not backward:
+            return lambda: [forward()]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        y = forward()
+        slope = torch.randn(y.shape, device=device, generator=torch.Generator(device).manual_seed(1))
+        slope = slope.to(memory_format=torch.channels_last)
+        return lambda: list(torch.autograd.grad(y, leaves, slope, retain_graph=True))
+
+    ours, one, many, plain = map(calling, (switched_conv2d, by_one_convolution, by_convolutions, plain_convolution))
+    exact = [in_precision(work, tf32=False) for work in (one, many)]
+    return [ours, *exact, in_precision(one, True), in_precision(plain, False), in_precision(plain, True)]
+
+
 CHAIN = ("grid_sample, its grid at hand", "flow to grid to grid_sample", "flow to grid to grid_sample, compiled")
 ADAMS = ("torch.optim.Adam fused", "torch.optim.Adam foreach", "torch.optim.Adam, a loop")
 PARZENS = ("reprise.metrics without the kernel, in chunks", "torch.cdist and logsumexp")
+SWITCHED = ("all kernels by one convolution, then picked", "a convolution for each, times ones and zeros")
+OTHERS = (f"{SWITCHED[0]}, in TF32", "one plain convolution", "one plain convolution, in TF32")
 NORMS = ("torch.nn.functional.batch_norm", "by hand", "by hand, compiled")
 VIDEO = {"cuda": (8, 3, 1080, 1920), "cpu": (1, 3, 128, 128)}
 FEATURES = {"cuda": (16, 64, 128, 128), "cpu": (1, 16, 32, 32)}
@@ -183,5 +230,18 @@ COMPARISONS = [
     # Points x samples x dimensions x widths; Goodfellow et al. 2014 at its full size.
     Comparison(
         "Parzen", {"cuda": (10_000, 10_000, 784, 10), "cpu": (100, 150, 20, 3)}, PARZENS, lambda *_: 0, parzen_windows
+    ),
+    # N x C_in x C_out x H x W x k x K.
+    *(
+        Comparison(
+            f"switched conv{' backward' * backward}",
+            {"cuda": (16, 64, 64, 256, 256, 3, kernels), "cpu": (2, 4, 6, 9, 8, 3, kernels)},
+            SWITCHED,
+            lambda *_: 0,
+            functools.partial(switched_conv, backward=backward),
+            OTHERS,
+        )
+        for backward in (False, True)
+        for kernels in (8, 32)
     ),
 ]

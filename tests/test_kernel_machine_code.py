@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from reprise.kernels import adam, density, normalising, warping
+from reprise.kernels import adam, density, normalising, switching, warping
 from reprise.kernels.launch import FLOATS
 from reprise.kernels.machine_code import ARCHITECTURES, compiled, missing_compiler, missing_disassembler
 
@@ -25,6 +25,11 @@ SOURCES = {
     ),
     # Not for memory but for arithmetic: 16 distances and what they are made of; three blocks to a multiprocessor.
     "parzen": (density._kernel("fold", torch.float32), {"parzen_fold": 80, "parzen_merge": 40}),
+    # Likewise: 64 sums for each thread, and with 128 registers four blocks to a multiprocessor.
+    "switched_conv": (
+        switching._kernel("forward", torch.float32),
+        {f"switched_conv_{name}": 128 for name in ("forward", "grad_input", "grad_weight")},
+    ),
 }
 KERNELS = {
     "warp": lambda dtype: warping._kernel("warp_forward", dtype, dtype),
@@ -32,6 +37,7 @@ KERNELS = {
     "adam": adam._kernel,
     "batch_norm": lambda dtype: normalising._kernel("moments", dtype),
     "parzen": lambda dtype: density._kernel("fold", dtype),
+    "switched_conv": lambda dtype: switching._kernel("forward", dtype),
 }
 ATOMIC_ADD = r"\b(?:RED|REDG|ATOM|ATOMG)\.E\.ADD\.{}\b"
 
@@ -96,7 +102,7 @@ def test_the_warps_gradient_adds_atomically(dtype, architecture):
 @needs_nvdisasm
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_nothing_else_needs_atomics_and_nothing_lives_in_local_memory(architecture):
-    for name in ("adam", "batch_norm", "parzen"):
+    for name in ("adam", "batch_norm", "parzen", "switched_conv"):
         for function, code in compiled(SOURCES[name][0].source, architecture).instructions().items():
             assert not re.search(r"\b(RED|REDG|ATOM|ATOMG)\.", code), function
             assert not re.search(r"\b(STL|LDL)\b", code), function
@@ -120,3 +126,15 @@ def test_the_parzen_kernel_computes_rather_than_loads(architecture):
     assert re.findall(r"\bLDS[\w.]*", slices) == ["LDS.128"] * 2 * 16
     arithmetic = [len(re.findall(rf"\b{name}\b", slices)) for name in ("FADD", "FFMA")]
     assert min(arithmetic) > 250, "the last few may wait until after the barrier"
+
+
+@needs_nvdisasm
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("function", SOURCES["switched_conv"][1])
+def test_switched_convolution_computes_rather_than_loads(function, architecture):
+    """Four loads of 16 bytes from shared memory for 64 products, of which there are 16 times as many in a slice."""
+    code = compiled(SOURCES["switched_conv"][0].source, architecture).instructions()[function]
+    after_the_slices = code[code.rindex("BAR.SYNC") :]
+    assert len(re.findall(r"\bLDS\.128\b", after_the_slices)) >= 0.9 * 4 * 16, "the first may have moved up"
+    assert len(re.findall(r"\bFFMA\b", code)) >= 64 * 16
+    assert len(re.findall(r"\bLDS\b", code)) < 0.1 * 64 * 16
