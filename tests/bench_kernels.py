@@ -231,17 +231,16 @@ COMPARISONS = [
     Comparison(
         "Parzen", {"cuda": (10_000, 10_000, 784, 10), "cpu": (100, 150, 20, 3)}, PARZENS, lambda *_: 0, parzen_windows
     ),
-    # N x C_in x C_out x H x W x k x K.
+    # N x C_in x C_out x H x W x k x K; a smaller batch where the peers would keep 70 GB for their gradients.
     *(
         Comparison(
             f"switched conv{' backward' * backward}",
-            {"cuda": (16, 64, 64, 256, 256, 3, kernels), "cpu": (2, 4, 6, 9, 8, 3, kernels)},
+            {"cuda": (n, 64, 64, 256, 256, 3, kernels), "cpu": (2, 4, 6, 9, 8, 3, kernels)},
             SWITCHED,
             lambda *_: 0,
             functools.partial(switched_conv, backward=backward),
             OTHERS,
         )
-        for backward in (False, True)
-        for kernels in (8, 32)
+        for backward, kernels, n in ((False, 8, 16), (False, 32, 16), (True, 8, 16), (True, 32, 4))
     ),
 ]
