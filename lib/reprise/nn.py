@@ -96,7 +96,11 @@ class SwitchedConv2d(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw every kernel, and the bias, as :class:`torch.nn.Conv2d` draws its own."""
+        """Draw every kernel, and the bias, as :class:`torch.nn.Conv2d` draws its own.
+
+        One by one: of a weight with five dimensions torch takes K times the fan-in, and all kernels would begin
+        sqrt(K) times too small, as they do in the released code.
+        """
         for kernel in self.weight:
             nn.init.kaiming_uniform_(kernel, a=math.sqrt(5))
         if self.bias is not None:

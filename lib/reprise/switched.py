@@ -39,10 +39,10 @@ def switched_conv2d(
         padding: zeros put around x on all four sides.
 
     Returns:
-        A tensor of shape (N, C_out, H', W') and the dtype of ``x``. It lies in memory with the channels last where the
-        selector holds integers. On a CUDA tensor, and CuPy is installed, that case is computed by
-        :func:`reprise.kernels.switched_conv2d`: it can be differentiated once only, and where an index is out of
-        range it gives NaN, since to raise an error it would have to wait for the GPU.
+        A tensor of shape (N, C_out, H', W') and the dtype of ``x``. Where the selector holds integers, it lies in
+        memory with the channels last; on a CUDA tensor, where CuPy is installed, that case is computed by
+        :func:`reprise.kernels.switched_conv2d`, which can be differentiated once only, and gives NaN where an index
+        is out of range, since to raise an error it would have to wait for the GPU.
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit each other, and for an index out of range.

@@ -69,25 +69,32 @@ __device__ inline void add_product(Sums& sums, const SCALAR* from, const long lo
                                    int depth, int width, int left) {
     alignas(16) __shared__ Rows rows;
     alignas(16) __shared__ Columns columns;
+    SCALAR fetched[TILE * DEPTH / THREADS];  // all numbers are on their way before the first one is stored
     for (int first = 0; first < depth; first += DEPTH) {
         __syncthreads();  // everybody knows where rows begin, and nobody needs the last slices any more
+        const int d = first + threadIdx.x % DEPTH, column = left + threadIdx.x % WIDE;
         #pragma unroll
-        for (int i = threadIdx.x; i < TILE * DEPTH; i += THREADS) {
-            const int row = i / DEPTH, d = first + i % DEPTH;  // neighbouring threads read neighbouring channels
-            rows[i % DEPTH][row] = d < depth && begin[row] >= 0 ? (REAL)from[begin[row] + d] : (REAL)0;
+        for (int n = 0; n < TILE * DEPTH / THREADS; ++n) {
+            const long long at = begin[n * (THREADS / DEPTH) + threadIdx.x / DEPTH];
+            fetched[n] = (at >= 0) & (d < depth) ? from[at + d] : (SCALAR)0.0f;
         }
         #pragma unroll
-        for (int i = threadIdx.x; i < WIDE * DEPTH; i += THREADS) {
-            const int d = first + i / WIDE, column = left + i % WIDE;
-            const bool inside = d < depth && column < width;
-            columns[i / WIDE][i % WIDE] = inside ? (REAL)matrix[(long long)d * width + column] : (REAL)0;
+        for (int n = 0; n < TILE * DEPTH / THREADS; ++n)
+            rows[threadIdx.x % DEPTH][n * (THREADS / DEPTH) + threadIdx.x / DEPTH] = (REAL)fetched[n];
+        #pragma unroll
+        for (int n = 0; n < WIDE * DEPTH / THREADS; ++n) {
+            const int line = first + n * (THREADS / WIDE) + threadIdx.x / WIDE;
+            fetched[n] = (line < depth) & (column < width) ? matrix[(long long)line * width + column] : (SCALAR)0.0f;
         }
+        #pragma unroll
+        for (int n = 0; n < WIDE * DEPTH / THREADS; ++n)
+            columns[n * (THREADS / WIDE) + threadIdx.x / WIDE][threadIdx.x % WIDE] = (REAL)fetched[n];
         __syncthreads();  // the slices are there
         multiply(sums, rows, columns);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) switched_conv_forward(
+extern "C" __global__ void __launch_bounds__(THREADS, 3) switched_conv_forward(
         const SCALAR* __restrict__ x, const SCALAR* __restrict__ weight,  // (N, H, W, C_in), (K, k, k, C_in, C_out)
         const SCALAR* __restrict__ bias, SCALAR* __restrict__ out,        // (C_out) or null, (N, H', W', C_out)
         const long long* __restrict__ order, const int* __restrict__ bounds, Layer layer) {
@@ -118,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) switched_conv_forward(
 }
 
 // For one tap: there, no two positions look at the same pixel, so that each adds to its own and needs no atomic.
-extern "C" __global__ void __launch_bounds__(THREADS) switched_conv_grad_input(
+extern "C" __global__ void __launch_bounds__(THREADS, 3) switched_conv_grad_input(
         const SCALAR* __restrict__ grad, const SCALAR* __restrict__ weight,  // as `out`, (K, k, k, C_out, C_in)
         REAL* __restrict__ grad_x,                                           // (N, H, W, C_in), zeros at first
         const long long* __restrict__ order, const int* __restrict__ bounds, Layer layer, int tap) {
@@ -143,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) switched_conv_grad_input(
 }
 
 // Block (x, y, z): every PARTS-th slice of a kernel's positions; some rows, and some columns, of its gradient.
-extern "C" __global__ void __launch_bounds__(THREADS) switched_conv_grad_weight(
+extern "C" __global__ void __launch_bounds__(THREADS, 3) switched_conv_grad_weight(
         const SCALAR* __restrict__ grad, const SCALAR* __restrict__ x,  // as `out`, (N, H, W, C_in)
         REAL* __restrict__ partial,                                     // (K, PARTS, k, k, C_in, C_out)
         const long long* __restrict__ order, const int* __restrict__ bounds, Layer layer, int parts) {
@@ -155,6 +162,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) switched_conv_grad_weight(
     // A thread fetches one number of each patch, always from the same place in it.
     const int height = layer.size * layer.size * layer.in_channels, top = blockIdx.y * TILE, row = own % TILE;
     const int tap = (top + row) / layer.in_channels, channel = (top + row) % layer.in_channels;
+    const int down = tap / layer.size, right = tap % layer.size;
+    SCALAR fetched[TILE * DEPTH / THREADS];
     Sums sums = {};
     for (int first = bounds[kernel] + blockIdx.x % parts * DEPTH; first < last; first += parts * DEPTH) {
         if (own < DEPTH) {
@@ -163,15 +172,24 @@ extern "C" __global__ void __launch_bounds__(THREADS) switched_conv_grad_weight(
             begin[own] = position < 0 ? -1 : position * layer.out_channels;
         }
         __syncthreads();  // everybody knows the positions, and nobody needs the last slices any more
-        for (int d = own / TILE; d < DEPTH; d += THREADS / TILE) {
-            const long long here = pixel(layer, corners[d], tap / layer.size, tap % layer.size);
-            rows[d][row] = begin[d] >= 0 && top + row < height && here >= 0 ? (REAL)x[here + channel] : (REAL)0;
+        #pragma unroll
+        for (int n = 0; n < TILE * DEPTH / THREADS; ++n) {
+            const int d = n * (THREADS / TILE) + own / TILE;
+            const long long here = pixel(layer, corners[d], down, right);
+            fetched[n] = (begin[d] >= 0) & (top + row < height) & (here >= 0) ? x[here + channel] : (SCALAR)0.0f;
         }
-        for (int i = own; i < WIDE * DEPTH; i += THREADS) {
-            const int d = i / WIDE, column = left + i % WIDE;
-            const bool inside = begin[d] >= 0 && column < layer.out_channels;
-            columns[d][i % WIDE] = inside ? (REAL)grad[begin[d] + column] : (REAL)0;
+        #pragma unroll
+        for (int n = 0; n < TILE * DEPTH / THREADS; ++n)
+            rows[n * (THREADS / TILE) + own / TILE][row] = (REAL)fetched[n];
+        #pragma unroll
+        for (int n = 0; n < WIDE * DEPTH / THREADS; ++n) {
+            const long long at = begin[n * (THREADS / WIDE) + own / WIDE];
+            const int column = left + own % WIDE;
+            fetched[n] = (at >= 0) & (column < layer.out_channels) ? grad[at + column] : (SCALAR)0.0f;
         }
+        #pragma unroll
+        for (int n = 0; n < WIDE * DEPTH / THREADS; ++n)
+            columns[n * (THREADS / WIDE) + own / WIDE][own % WIDE] = (REAL)fetched[n];
         __syncthreads();  // the slices are there
         multiply(sums, rows, columns);
     }
