@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from switched_cases import by_convolutions, by_one_convolution
 from torch import Tensor, nn
 from warp_cases import by_grid_sample, grid_of, sampled
 
-from reprise import kernels, metrics, sampling
-from reprise.kernels import adam_step, batch_norm, parzen, warp
+from reprise import kernels as reprise_kernels
+from reprise import metrics, sampling
+from reprise.kernels import adam_step, batch_norm, parzen, switched_conv2d, warp
 from reprise.nn import MaskedConv2d
 
 Works = dict[str, Callable[[], list[Tensor]]]
@@ -23,7 +26,8 @@ class Comparison:
     """One operation: its sizes, and who does it. ``prepare`` returns the calls in the order of ``peers``, ours first.
 
     ``least`` is how many bytes have to be read and written whoever does it, so that a share of a copy's speed can be
-    told; 0 where arithmetic is the limit. Peers whose name ends in "compiled" are left out on the CPU.
+    told; 0 where arithmetic is the limit. Peers whose name ends in "compiled" are left out on the CPU. Yardsticks come
+    after the peers; they compute something else, or with fewer digits, and their results are not compared.
     """
 
     name: str
@@ -31,6 +35,7 @@ class Comparison:
     peers: tuple[str, ...]
     least: Callable[..., int]
     prepare: Callable[[tuple[int, ...], torch.device], list[Callable[[], list[Tensor]]]]
+    yardsticks: tuple[str, ...] = ()
 
     def size(self, device: str) -> tuple[int, ...]:
         return self.sizes[device]
@@ -40,7 +45,8 @@ class Comparison:
 
     def who(self, device: str) -> list[str]:
         ours = "ours" if device == "cuda" else "ours, through g++"
-        return [ours, *(peer for peer in self.peers if device == "cuda" or not peer.endswith("compiled"))]
+        peers = [peer for peer in self.peers if device == "cuda" or not peer.endswith("compiled")]
+        return [ours, *peers, *self.yardsticks]
 
     def works(self, size: tuple[int, ...], device: torch.device) -> Works:
         return dict(zip(self.who(device.type), self.prepare(size, device), strict=False))
@@ -170,14 +176,56 @@ def drawing(size: tuple[int, ...], device: torch.device) -> list[Callable]:
     model = pixelcnn().to(device)
     uniforms = torch.rand(size, dtype=torch.float64)
     return [
-        lambda: [kernels.sample(model, size, uniforms=uniforms).images],
+        lambda: [reprise_kernels.sample(model, size, uniforms=uniforms).images],
         lambda: [sampling.sample(model, size, uniforms=uniforms, check=False).images],
     ]
+
+
+def plain_convolution(x: Tensor, weight: Tensor, selector: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
+    return F.conv2d(x, weight[0], bias, stride, padding)
+
+
+def in_precision(work: Callable, tf32: bool) -> Callable:
+    """With ten bits of fraction, as torch convolves by default on GPUs of the last years, or with all of float32's."""
+
+    def run() -> list[Tensor]:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=tf32):
+            return work()
+
+    return run
+
+
+def switched_conv(size: tuple[int, ...], device: torch.device, backward: bool = False) -> list[Callable]:
+    """Every position draws its kernel for itself: the worst case, since neighbours seldom share one."""
+    n, in_channels, out_channels, height, width, k, kernels = size
+    x = torch.randn(n, in_channels, height, width, device=device).to(memory_format=torch.channels_last)
+    weight = torch.randn(kernels, out_channels, in_channels, k, k, device=device)
+    selector = torch.randint(kernels, (n, height, width), dtype=torch.uint8, device=device)
+    leaves = [x, weight, torch.randn(out_channels, device=device)]
+
+    def calling(function: Callable) -> Callable:
+        def forward() -> Tensor:
+            return function(leaves[0], leaves[1], selector, leaves[2], 1, k // 2)
+
+        if not backward:
+            return lambda: [forward()]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        y = forward()
+        slope = torch.randn(y.shape, device=device, generator=torch.Generator(device).manual_seed(1))
+        slope = slope.to(memory_format=torch.channels_last)
+        return lambda: list(torch.autograd.grad(y, leaves, slope, retain_graph=True))
+
+    ours, one, many, plain = map(calling, (switched_conv2d, by_one_convolution, by_convolutions, plain_convolution))
+    exact = [in_precision(work, tf32=False) for work in (one, many)]
+    return [ours, *exact, in_precision(one, True), in_precision(plain, False), in_precision(plain, True)]
 
 
 CHAIN = ("grid_sample, its grid at hand", "flow to grid to grid_sample", "flow to grid to grid_sample, compiled")
 ADAMS = ("torch.optim.Adam fused", "torch.optim.Adam foreach", "torch.optim.Adam, a loop")
 PARZENS = ("reprise.metrics without the kernel, in chunks", "torch.cdist and logsumexp")
+SWITCHED = ("all kernels by one convolution, then picked", "a convolution for each, times ones and zeros")
+OTHERS = (f"{SWITCHED[0]}, in TF32", "one plain convolution", "one plain convolution, in TF32")
 NORMS = ("torch.nn.functional.batch_norm", "by hand", "by hand, compiled")
 CACHED = ("reprise.sampling, cached",)
 VIDEO = {"cuda": (8, 3, 1080, 1920), "cpu": (1, 3, 128, 128)}
@@ -204,4 +252,16 @@ COMPARISONS = [
     # Limited by steps that wait for one another, not by bytes.
     Comparison("sampling", {"cuda": (16, 1, 28, 28), "cpu": (2, 1, 5, 5)}, CACHED, lambda *size: 0, drawing),
     Comparison("sampling", {"cuda": (1024, 1, 28, 28), "cpu": (1, 1, 4, 6)}, CACHED, lambda *size: 0, drawing),
+    # N x C_in x C_out x H x W x k x K; a smaller batch where the peers would keep 70 GB for their gradients.
+    *(
+        Comparison(
+            f"switched conv{' backward' * backward}",
+            {"cuda": (n, 64, 64, 256, 256, 3, kernels), "cpu": (2, 4, 6, 9, 8, 3, kernels)},
+            SWITCHED,
+            lambda *_: 0,
+            functools.partial(switched_conv, backward=backward),
+            OTHERS,
+        )
+        for backward, kernels, n in ((False, 8, 16), (False, 32, 16), (True, 8, 16), (True, 32, 4))
+    ),
 ]

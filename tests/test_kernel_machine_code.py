@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from reprise.kernels import adam, density, drawing, normalising, warping
+from reprise.kernels import adam, density, drawing, normalising, switching, warping
 from reprise.kernels.launch import FLOATS
 from reprise.kernels.machine_code import ARCHITECTURES, compiled, missing_compiler, missing_disassembler
 
@@ -27,6 +27,11 @@ SOURCES = {
     "parzen": (density._kernel("fold", torch.float32), {"parzen_fold": 80, "parzen_merge": 40}),
     # Two blocks of 256 threads to a multiprocessor are enough: an image is one block.
     "sampler": (drawing._kernel(torch.float32), {"sample_images": 64}),
+    # Likewise: 64 sums for each thread, and what they are made of; three blocks to a multiprocessor.
+    "switched_conv": (
+        switching._kernel("forward", torch.float32),
+        {f"switched_conv_{name}": 168 for name in ("forward", "grad_input", "grad_weight")},
+    ),
 }
 KERNELS = {
     "warp": lambda dtype: warping._kernel("warp_forward", dtype, dtype),
@@ -35,8 +40,9 @@ KERNELS = {
     "batch_norm": lambda dtype: normalising._kernel("moments", dtype),
     "parzen": lambda dtype: density._kernel("fold", dtype),
     "sampler": drawing._kernel,
+    "switched_conv": lambda dtype: switching._kernel("forward", dtype),
 }
-HALVES = ("warp", "warp, float flow", "adam", "batch_norm", "parzen")
+HALVES = ("warp", "warp, float flow", "adam", "batch_norm", "parzen", "switched_conv")
 ATOMIC_ADD = r"\b(?:RED|REDG|ATOM|ATOMG)\.E\.ADD\.{}\b"
 
 
@@ -101,7 +107,7 @@ def test_the_warps_gradient_adds_atomically(dtype, architecture):
 @needs_nvdisasm
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_nothing_else_needs_atomics_and_nothing_lives_in_local_memory(architecture):
-    for name in ("adam", "batch_norm", "parzen", "sampler"):
+    for name in ("adam", "batch_norm", "parzen", "sampler", "switched_conv"):
         for function, code in compiled(SOURCES[name][0].source, architecture).instructions().items():
             assert not re.search(r"\b(RED|REDG|ATOM|ATOMG)\.", code), function
             assert not re.search(r"\b(STL|LDL)\b", code), function
@@ -125,3 +131,18 @@ def test_the_parzen_kernel_computes_rather_than_loads(architecture):
     assert re.findall(r"\bLDS[\w.]*", slices) == ["LDS.128"] * 2 * 16
     arithmetic = [len(re.findall(rf"\b{name}\b", slices)) for name in ("FADD", "FFMA")]
     assert min(arithmetic) > 250, "the last few may wait until after the barrier"
+
+
+@needs_nvdisasm
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_switched_convolution_computes_rather_than_loads(architecture):
+    """Four loads of 16 bytes from shared memory for the 64 products of each of the 16 numbers of a slice; and the reads
+    of a slice are all on their way before the first number is stored, since each takes hundreds of cycles."""
+    for function, code in compiled(SOURCES["switched_conv"][0].source, architecture).instructions().items():
+        _, between, after_the_slices = re.split("BAR.SYNC", code)
+        wide_loads = len(re.findall(r"\bLDS\.128\b", after_the_slices))
+        assert 4 * 16 <= wide_loads <= 4 * 16 + 4, "where its eight rows go, a thread reads as well"
+        assert len(re.findall(r"\bFFMA\b", code)) >= 64 * 16, function
+        order = re.findall(r"\b(LDG|STS)\b", between)
+        assert order.count("LDG") == order.count("STS") == (128 + 64) * 16 / 128, function
+        assert order.index("STS") >= 16, function

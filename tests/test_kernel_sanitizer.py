@@ -17,7 +17,7 @@ EVERYTHING = """
 import torch
 from torch import nan, inf
 from pixel_cases import gated, plain
-from reprise.kernels import adam_step, batch_norm, parzen, sample, warp, warping, Kernel
+from reprise.kernels import adam_step, batch_norm, parzen, sample, switched_conv2d, warp, warping, Kernel
 
 # Sizes beside every edge of a tile, of a warp and of a block; positions inside, outside, and nowhere.
 images = (1, 1, 1, 1), (2, 3, 5, 7), (1, 2, 1, 40), (3, 1, 9, 1)
@@ -50,6 +50,15 @@ for model, colours in [(plain(2, first=7, hidden=33), 1), (plain(1, colours=3, l
     for height, width in sizes:
         sample(model, (2, colours, height, width))
         sample(model, (2, colours, height, width), known=torch.rand(height, width) > 0.5, values=torch.tensor(1.0))
+
+layers = (1, 1, 1, 1, 1, 1, 0), (5, 3, 4, 3, 1, 1, 1), (17, 70, 2, 3, 2, 0, 1), (2, 33, 5, 2, 3, 4, 0)
+for channels, out_channels, kernels, size, stride, padding, beyond in layers:
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        x, weight = torch.randn(2, channels, 9, 10), torch.randn(kernels, out_channels, channels, size, size)
+        x, weight, bias = (t.to(dtype).requires_grad_() for t in (x, weight, torch.randn(out_channels)))
+        height, width = ((n + 2 * padding - size) // stride + 1 for n in (9, 10))
+        selector = torch.randint(-beyond, kernels + beyond, (2, height, width))
+        switched_conv2d(x, weight, selector, bias, stride, padding).sum().backward()
 print("done")
 """
 # The thread that has no pixel writes all the same.

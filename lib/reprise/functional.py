@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import kernels
 from .kernels import on_cuda, warping
+from .switched import switched_conv2d as switched_conv2d
 
 
 def batch_norm(

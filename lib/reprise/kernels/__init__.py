@@ -8,6 +8,7 @@ from .density import parzen
 from .drawing import sample
 from .launch import Kernel
 from .normalising import batch_norm
+from .switching import switched_conv2d
 from .warping import warp
 
-__all__ = ["Kernel", "adam_step", "batch_norm", "parzen", "sample", "warp"]
+__all__ = ["Kernel", "adam_step", "batch_norm", "parzen", "sample", "switched_conv2d", "warp"]
