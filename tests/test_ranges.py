@@ -18,6 +18,7 @@ CHECKOUT = Checkout.find()
 SEEDS = [str(seed) for seed in range(100, 105)]
 # A bound that follows from the data alone, or was stated because nothing random enters; its `because` says how.
 PRINCIPLED = {
+    ("adam", "logistic-nesterov"),
     ("batch_norm", "both-fail"),
     ("batch_norm", "careful-start-ties"),
     ("image_warping", "mismatch"),
