@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from reprise import data, features
-from reprise.data import DataError, describe, descriptions, files, load
+from reprise.data import DataError, describe, descriptions, docstrings, files, load
 from reprise.data.letters import FAMILIES, letters
 
 CLASSES = {"digits": 10, "letters": 26, "faces_small": 2, "mnist": 10, "fashion_mnist": 10, "cifar10_subset": 10}
@@ -131,6 +131,42 @@ def test_faces_look_alike_and_the_rest_does_not():
     faces = load("faces_small")
     spread = [faces.images[faces.labels == label].std(0).mean() for label in (0, 1)]
     assert spread[1] < 0.8 * spread[0]
+
+
+def test_docstrings_are_sparse_bags_of_real_words():
+    parts = {split: load("docstrings", split) for split in describe("docstrings")["splits"]}
+    assert [len(part.labels) for part in parts.values()] == [2000, 300, 500]
+    everything = load("docstrings")
+    assert everything.words.shape == (2800, 5000)
+    assert (everything.words.dtype, everything.labels.dtype) == (torch.uint8, torch.int64)
+    assert everything.labels.bincount().tolist() == [700] * 4
+    assert everything.words.max() == 1
+    assert everything.words.sum(0).min() >= 1, "a word that no document has"
+    assert 30 < everything.words.sum(1).float().mean() < 150
+    # The most frequent words come first: most documents have the first, few have the last.
+    frequency = everything.words.sum(0, dtype=torch.int64)
+    assert torch.equal(frequency, frequency.sort(descending=True).values)
+
+
+def test_docstrings_can_be_told_apart_but_not_by_a_name():
+    """By one word, a document's package is guessed far worse than by all of them."""
+    everything, train, test = load("docstrings"), load("docstrings", "train"), load("docstrings", "test")
+    classes = torch.nn.functional.one_hot(everything.labels).float()
+    shares = classes.T @ everything.words.float() / 700
+    best_word = (shares.max(0).values + 1 - (shares.sum(0) - shares.max(0).values) / 3).max() / 2
+    assert best_word < 0.9, "one word gives the package away"
+    means = torch.stack([train.words[train.labels == label].float().mean(0) for label in range(4)])
+    rates = (means + 0.01).log(), (1.01 - means).log()
+    score = test.words.float() @ rates[0].T + (1 - test.words.float()) @ rates[1].T
+    assert (score.argmax(1) == test.labels).float().mean() > 0.6
+
+
+def test_a_package_with_too_few_docstrings_is_named(monkeypatch):
+    monkeypatch.setattr(docstrings, "_EACH", 10**6)
+    with pytest.raises(DataError, match=r"numpy has \d+ docstrings .* 1000000 are needed"):
+        docstrings._sample("numpy")
+    with pytest.raises(DataError, match="no_such_package, which is not installed"):
+        docstrings._sample("no_such_package")
 
 
 def test_letters_are_what_their_attributes_say():

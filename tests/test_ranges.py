@@ -16,8 +16,12 @@ from reprise.lab.results import Outcome
 CHECKOUT = Checkout.find()
 # Ranges are set from runs with these seeds, never from the default one.
 SEEDS = [str(seed) for seed in range(100, 105)]
-# A bound that follows from the data alone, or was stated because nothing random enters; its `because` says how.
+# A bound that follows from the claim's words or from the data alone, or was stated because nothing random enters; its
+# `because` says how. It is not moved if some seeds leave it; then the `because` says how many of the five do.
 PRINCIPLED = {
+    ("adam", "logistic-nesterov"),
+    ("adam", "bow-adam"),
+    ("adam", "cnn-end"),
     ("batch_norm", "both-fail"),
     ("batch_norm", "careful-start-ties"),
     ("image_warping", "mismatch"),
@@ -53,9 +57,13 @@ def cases():
 def test_range_is_within_three_deviations(name, claim, outcomes):
     measured = [outcome.measurements[claim.id] for outcome in outcomes.values()]
     range_ = claim.ranges["quick"]
-    assert all(range_.holds(one) for one in measured), "a calibration seed lies outside the range"
+    outside = sum(not range_.holds(one) for one in measured)
     if (name, claim.id) in PRINCIPLED:
+        admitted = {0: "", 1: "one of the five seeds", 2: "two of the five seeds"}
+        assert outside in admitted, "most calibration seeds lie outside the range: it does not hold"
+        assert admitted[outside] in range_.because, f"the reason has to say that {admitted[outside]} lie outside"
         return
+    assert not outside, "a calibration seed lies outside the range"
     assert not any(one.censored for one in measured), "a bound is no number to compute with: measure until it happens"
     values = [one.value for one in measured]
     mean, deviation = statistics.mean(values), statistics.stdev(values)

@@ -11,7 +11,7 @@ import hashlib
 
 from torch import Tensor
 
-from . import bundled, downloads, letters
+from . import bundled, docstrings, downloads, letters
 from .files import DataError, at_hand, descriptions, obtain_all
 from .own import read_pair
 
@@ -23,6 +23,7 @@ _LOADERS = {
     "faces_small": bundled.faces_small,
     "stereo": bundled.stereo,
     "letters": letters.letters,
+    "docstrings": docstrings.docstrings,
     "mnist": downloads.mnist,
     "fashion_mnist": downloads.fashion_mnist,
     "cifar10": downloads.cifar10,
@@ -36,11 +37,12 @@ loaded: dict[str, str] = {}
 def load(name: str, split: str = "all"):
     """Load a dataset as tensors.
 
-    Images are float32 between 0 and 1, shaped (N, C, H, W); labels are int64, shaped (N,).
+    Images are float32 between 0 and 1, shaped (N, C, H, W), words uint8 of 0 or 1, shaped (N, words); labels are
+    int64, shaped (N,).
 
     Args:
-        name: ``digits``, ``letters``, ``faces_small``, ``photos`` and ``stereo`` are always there; ``mnist``,
-            ``fashion_mnist``, ``cifar10`` and ``cifar10_subset`` are downloaded or taken from a mirror;
+        name: ``digits``, ``letters``, ``docstrings``, ``faces_small``, ``photos`` and ``stereo`` are always there;
+            ``mnist``, ``fashion_mnist``, ``cifar10`` and ``cifar10_subset`` are downloaded or taken from a mirror;
             ``describe(name)`` tells more.
         split: ``train``, ``valid``, ``test``, or several joined by ``+``; ``all`` for data without splits.
 
