@@ -10,10 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import psutil
 import pytest
+
+from reprise.lab import runner
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no signals for a single process")
 
@@ -135,3 +138,18 @@ def test_an_edit_keeps_the_trainings_above_it(tiny, reprise):
     # Another seed is another training.
     assert reprise(tiny, "run", "tiny", "-p", "seed", "1", environment=SAVED_OFTEN).returncode == 0
     assert first_steps(tiny) == {"with a rate": 0, "without": 0}
+
+
+def test_of_several_runs_checkpoints_the_latest_is_taken(tmp_path):
+    for age, hash_, content in ((100, "a", "early"), (10, "b", "late"), (50, "c", "middle")):
+        checkpoint = tmp_path / f"tiny-{hash_}" / "checkpoints" / "training.safetensors"
+        checkpoint.parent.mkdir(parents=True)
+        checkpoint.write_text(content, encoding="utf-8")
+        os.utime(checkpoint, (time.time() - age,) * 2)
+        library = "another" if content == "middle" else "the same"
+        (tmp_path / f"tiny-{hash_}" / "job.json").write_text(json.dumps({"library": library}), encoding="utf-8")
+    job = SimpleNamespace(folder=tmp_path / "tiny-new", name="tiny", library="the same")
+    job.folder.mkdir()
+    runner._adopt_checkpoints(job)
+    (adopted,) = (job.folder / "checkpoints").iterdir()
+    assert adopted.read_text(encoding="utf-8") == "late"

@@ -200,14 +200,25 @@ def _adopt_checkpoints(job: Job) -> None:
     """Offer the checkpoints of this paper's other runs, which cost no space as links: after a cell is edited, the
     trainings above it need not be done again. Each checkpoint's name tells whether it fits."""
     mine = job.folder / "checkpoints"
-    for other in job.folder.parent.glob(f"{job.name}-*/job.json"):
-        if (read_json(other) or {}).get("library") != job.library:
-            continue
-        for path in other.parent.glob("checkpoints/*.safetensors"):
-            if not (mine / path.name).exists():
-                mine.mkdir(exist_ok=True)
-                with contextlib.suppress(OSError):  # a file system without links: then they are trained again
-                    os.link(path, mine / path.name)
+    runs = [path.parent for path in job.folder.parent.glob(f"{job.name}-*/job.json")]
+    alike = [run for run in runs if (read_json(run / "job.json") or {}).get("library") == job.library]
+    # Of several that fit, the latest has come furthest.
+    found = sorted(
+        (path for run in alike for path in run.glob("checkpoints/*.safetensors")), key=_written, reverse=True
+    )
+    for path in found:
+        if not (mine / path.name).exists():
+            mine.mkdir(exist_ok=True)
+            with contextlib.suppress(OSError):  # a file system without links: then they are trained again
+                os.link(path, mine / path.name)
+
+
+def _written(path: Path) -> float:
+    """When a file was last written; long ago if it has just been replaced or removed."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _conclude(job: Job) -> None:
