@@ -1,9 +1,9 @@
 """Speed against named peers in the same run: python tests/bench.py (make bench); make gpu also keeps the table.
 
 Every row is the median of single calls after a warm-up, its spread the distance between their quartiles. On a GPU calls
-are timed by its own events, and how long the host takes to ask for one stands beside it. Before anything is timed,
-ours and the peers must give the same result. ``--write`` puts the table into the page of the kernels, and is refused
-without a GPU: a kernel's speed on a CPU says nothing.
+are timed by its own events, and beside it stand how long the host takes to ask for one and how much memory it needs.
+Before anything is timed, ours and the peers must give the same result. ``--write`` puts the table into the page of the
+kernels, and is refused without a GPU: a kernel's speed on a CPU says nothing.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from torch import nn
 
 from reprise.functional import batch_norm
 from reprise.lab.tables import align
+from reprise.optim import Adam
 from reprise.training import Batches, declare, train
 
 PAGE = Path(__file__).resolve().parents[1] / "lib" / "reprise" / "kernels" / "README.md"
-HEAD = ("operation", "who", "median ms", "spread ms", "host ms", "ours / peer", "share of a copy")
+HEAD = ("operation", "who", "median ms", "spread ms", "host ms", "ours / peer", "share of a copy", "peak MB")
 UNKNOWN = "not measured yet"
 
 
@@ -86,6 +87,16 @@ def _by_events(work: Callable[[], object], device: torch.device, repeats: int = 
     return Timing([begin.elapsed_time(end) for begin, end in pairs], host)
 
 
+def peak_megabytes(work: Callable[[], object], device: torch.device) -> str:
+    """What a call needs at most beyond what was there, its result included; known on a GPU only."""
+    if device.type != "cuda":
+        return ""
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    work()
+    return f"{(torch.cuda.max_memory_allocated(device) - before) / 1e6:.1f}"
+
+
 def copy_speed(device: torch.device) -> float:
     """Bytes in a millisecond, read and written, of a copy much larger than any cache."""
     source = torch.rand(2**28 if device.type == "cuda" else 2**23, device=device)
@@ -103,6 +114,7 @@ def rows(
         share = f"{least_bytes / timing.median / copy:.0%}" if least_bytes else ""
         host = "" if timing.host is None else f"{timing.host:.3f}"
         figures = (f"{timing.median:.3f}", f"{timing.spread:.3f}", host, f"{own / timing.median:.2f}", share)
+        figures += (peak_megabytes(works[who], device),)
         lines.append(("" if lines else operation, who, *figures))
     return lines
 
@@ -143,6 +155,20 @@ def functional_rows(shape: tuple[int, ...], device: torch.device) -> list[tuple[
 
     name = f"functional.batch_norm forward + backward {'x'.join(map(str, shape))}"
     return rows(name, {"ours": step(batch_norm), "torch.nn.functional": step(F.batch_norm)}, device)
+
+
+def optimizer_rows(numbers: int, tensors: int) -> list[tuple[str, ...]]:
+    """A step of Adam for so many numbers in so many tensors."""
+
+    def stepping(kind: type, **how: bool) -> Callable[[], None]:
+        params = [torch.randn(numbers // tensors).requires_grad_() for _ in range(tensors)]
+        for p in params:
+            p.grad = torch.randn_like(p)
+        return kind(params, **how).step
+
+    peers = {"torch.optim.Adam": stepping(torch.optim.Adam), "fused": stepping(torch.optim.Adam, fused=True)}
+    name = f"optim.Adam, {numbers:,} numbers in {tensors} tensor{'s' * (tensors > 1)}"
+    return rows(name, {"ours": stepping(Adam), **peers}, torch.device("cpu"))
 
 
 def training_rows(steps: int = 300) -> list[tuple[str, ...]]:
@@ -220,7 +246,8 @@ def main() -> None:
     if device.type == "cpu":
         print("Kernels run here through g++: that is how they are checked, not how they are used.")
     measured = [line for comparison in COMPARISONS for line in kernel_rows(comparison, device, copy)]
-    others = [*functional_rows((60, 100), device), *functional_rows((64, 64, 32, 32), device), *training_rows()]
+    others = [*functional_rows((60, 100), device), *functional_rows((64, 64, 32, 32), device)]
+    others += [*optimizer_rows(10_000_000, 1), *optimizer_rows(10_000_000, 40), *training_rows()]
     print(f"\n{align([HEAD, *measured, *others])}")
     if write and device.type == "cuda":
         PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), caption, measured), encoding="utf-8")

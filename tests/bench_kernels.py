@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from warp_cases import by_grid_sample, grid_of, sampled
 
-from reprise.kernels import adam_step, batch_norm, warp
+from reprise import metrics
+from reprise.kernels import adam_step, batch_norm, parzen, warp
 
 Works = dict[str, Callable[[], list[Tensor]]]
 
@@ -20,7 +22,7 @@ class Comparison:
     """One operation: its sizes, and who does it. ``prepare`` returns the calls in the order of ``peers``, ours first.
 
     ``least`` is how many bytes have to be read and written whoever does it, so that a share of a copy's speed can be
-    told. Peers whose name ends in "compiled" are left out on the CPU.
+    told; 0 where arithmetic is the limit. Peers whose name ends in "compiled" are left out on the CPU.
     """
 
     name: str
@@ -142,8 +144,24 @@ def batch_norm_backward(size: tuple[int, ...], device: torch.device) -> list[Cal
     return [lambda out=out: list(torch.autograd.grad(out, leaves, slope, retain_graph=True)) for out in outs]
 
 
+def by_cdist(points: Tensor, samples: Tensor, widths: Tensor) -> Tensor:
+    """What one writes with the whole matrix of distances: torch.cdist, which takes a matrix product for many rows."""
+    exponents = -torch.cdist(points, samples).square() / 2
+    constant = points.size(1) * torch.log(widths * math.sqrt(2 * math.pi)) + math.log(len(samples))
+    return torch.stack([torch.logsumexp(exponents / width**2, 1) for width in widths]) - constant[:, None]
+
+
+def parzen_windows(size: tuple[int, ...], device: torch.device) -> list[Callable]:
+    points, samples, dimensions, width_count = size
+    x, y = (torch.rand(n, dimensions, device=device) for n in (points, samples))
+    widths = torch.logspace(-1, 0, width_count, device=device)
+    functions = parzen, metrics._parzen_in_chunks, by_cdist
+    return [lambda function=function: list(function(x, y, widths)) for function in functions]
+
+
 CHAIN = ("grid_sample, its grid at hand", "flow to grid to grid_sample", "flow to grid to grid_sample, compiled")
 ADAMS = ("torch.optim.Adam fused", "torch.optim.Adam foreach", "torch.optim.Adam, a loop")
+PARZENS = ("reprise.metrics without the kernel, in chunks", "torch.cdist and logsumexp")
 NORMS = ("torch.nn.functional.batch_norm", "by hand", "by hand, compiled")
 VIDEO = {"cuda": (8, 3, 1080, 1920), "cpu": (1, 3, 128, 128)}
 FEATURES = {"cuda": (16, 64, 128, 128), "cpu": (1, 16, 32, 32)}
@@ -162,4 +180,8 @@ COMPARISONS = [
     # Read twice, written once; the gradient reads two tensors twice.
     Comparison("batch norm", MAPS, NORMS, lambda n, c, h, w: 12 * n * c * h * w, batch_norm_forward),
     Comparison("batch norm backward", MAPS, NORMS[:-1], lambda n, c, h, w: 20 * n * c * h * w, batch_norm_backward),
+    # Points x samples x dimensions x widths; Goodfellow et al. 2014 at its full size.
+    Comparison(
+        "Parzen", {"cuda": (10_000, 10_000, 784, 10), "cpu": (100, 150, 20, 3)}, PARZENS, lambda *_: 0, parzen_windows
+    ),
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from devices import NEEDS_GPP, on_every_device
+from devices import NEEDS_GPP, on_every_device, plant
 from torch import Tensor
 from torch.library import opcheck
 
@@ -272,9 +272,6 @@ def test_places_beyond_2_to_the_31():
     [("largest[k] > v[k] ?", "largest[k] < v[k] ?"), ("+ weight_decay * p[k]", ""), ("slope * slope", "slope")],
 )
 def test_these_tests_find_planted_bugs(change, monkeypatch):
-    assert change[0] in adam._SOURCE
-    constants = {"SCALAR": "double", "REAL": "double", "TENSORS": adam._TENSORS, "CHUNK": adam._CHUNK}
-    broken = Kernel(adam._SOURCE.replace(*change), "adam_step", **constants)
-    monkeypatch.setattr(adam, "_kernel", lambda dtype: broken)
+    plant(monkeypatch, adam, *change)
     with pytest.raises(AssertionError):
         against_torch(torch.float64, "cpu", **OPTIONS[-1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from devices import NEEDS_GPP, on_every_device
+from devices import NEEDS_GPP, on_every_device, plant
 from torch import Tensor
 from torch.autograd import gradcheck
 from torch.library import opcheck
@@ -80,7 +80,7 @@ def test_without_weight_or_bias(weighted, biased, device):
 
 
 @on_every_device
-@pytest.mark.parametrize("dtype", normalising._FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", normalising.FLOATS, ids=str)
 @pytest.mark.parametrize("parameters", [None, torch.float32], ids=["same", "float32"])
 def test_every_type(dtype, parameters, device):
     x, weight, bias = case((30, 4, 5, 7), dtype, device)
@@ -89,7 +89,7 @@ def test_every_type(dtype, parameters, device):
     exact = results(theirs, x.double(), weight.double(), bias.double())
     assert [t.dtype for t in actual] == [dtype, dtype, weight.dtype, bias.dtype]
     for value, reference in zip(actual, exact, strict=True):
-        rounding = torch.finfo(value.dtype).eps + 20 * torch.finfo(normalising._real(dtype)).eps
+        rounding = torch.finfo(value.dtype).eps + 20 * torch.finfo(normalising.real_dtype(dtype)).eps
         assert (value.double() - reference).abs().max() <= rounding * reference.abs().max()
 
 
@@ -282,11 +282,6 @@ def test_places_beyond_2_to_the_31():
     ],
 )
 def test_these_tests_find_planted_bugs(change, monkeypatch):
-    assert change[0] in normalising._SOURCE
-    broken, threads = normalising._SOURCE.replace(*change), normalising._THREADS
-    spoilt = lambda name, dtype: Kernel(  # noqa: E731
-        broken, f"batch_norm_{name}", SCALAR=dtype, REAL=normalising._real(dtype), THREADS=threads
-    )
-    monkeypatch.setattr(normalising, "_kernel", spoilt)
+    plant(monkeypatch, normalising, *change)
     with pytest.raises(AssertionError):
         test_values_and_gradients((300, 2, 7, 9), "cpu")

@@ -7,13 +7,13 @@ import re
 import pytest
 import torch
 
-from reprise.kernels import adam, normalising, warping
+from reprise.kernels import adam, density, normalising, warping
+from reprise.kernels.launch import FLOATS
 from reprise.kernels.machine_code import ARCHITECTURES, compiled, missing_compiler, missing_disassembler
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=missing_compiler() or "")
 needs_nvdisasm = pytest.mark.skipif(missing_disassembler() is not None, reason=missing_disassembler() or "")
 
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # What each source holds: function, and the registers that let enough threads share a multiprocessor's 65,536 to keep
 # memory busy. At 64 there are 1,024 threads; double takes twice the registers and half of the loads.
 SOURCES = {
@@ -23,12 +23,15 @@ SOURCES = {
         normalising._kernel("moments", torch.float32),
         {f"batch_norm_{name}": 48 for name in ("moments", "statistics", "normalise", "sums", "grad_input")},
     ),
+    # Not for memory but for arithmetic: 16 distances and what they are made of; three blocks to a multiprocessor.
+    "parzen": (density._kernel("fold", torch.float32), {"parzen_fold": 80, "parzen_merge": 40}),
 }
 KERNELS = {
     "warp": lambda dtype: warping._kernel("warp_forward", dtype, dtype),
     "warp, float flow": lambda dtype: warping._kernel("warp_forward", dtype, torch.float32),
     "adam": adam._kernel,
     "batch_norm": lambda dtype: normalising._kernel("moments", dtype),
+    "parzen": lambda dtype: density._kernel("fold", dtype),
 }
 ATOMIC_ADD = r"\b(?:RED|REDG|ATOM|ATOMG)\.E\.ADD\.{}\b"
 
@@ -93,7 +96,7 @@ def test_the_warps_gradient_adds_atomically(dtype, architecture):
 @needs_nvdisasm
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_nothing_else_needs_atomics_and_nothing_lives_in_local_memory(architecture):
-    for name in ("adam", "batch_norm"):
+    for name in ("adam", "batch_norm", "parzen"):
         for function, code in compiled(SOURCES[name][0].source, architecture).instructions().items():
             assert not re.search(r"\b(RED|REDG|ATOM|ATOMG)\.", code), function
             assert not re.search(r"\b(STL|LDL)\b", code), function
@@ -106,3 +109,14 @@ def test_four_elements_are_loaded_before_the_first_is_needed(architecture):
     code = compiled(SOURCES["adam"][0].source, architecture).instructions()["adam_step"]
     order = re.findall(r"\b(LDG|STG)\.", code)
     assert order.index("STG") >= 16
+
+
+@needs_nvdisasm
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_parzen_kernel_computes_rather_than_loads(architecture):
+    """Two loads of 16 bytes from shared memory for the 16 differences of a dimension, squared and added at once."""
+    code = compiled(SOURCES["parzen"][0].source, architecture).instructions()["parzen_fold"]
+    slices = re.search(r"(?s)BAR\.SYNC(.*?)BAR\.SYNC", code)[1]  # from "the slices are there" to "nobody needs them"
+    assert re.findall(r"\bLDS[\w.]*", slices) == ["LDS.128"] * 2 * 16
+    arithmetic = [len(re.findall(rf"\b{name}\b", slices)) for name in ("FADD", "FFMA")]
+    assert min(arithmetic) > 250, "the last few may wait until after the barrier"

@@ -16,7 +16,7 @@ pytestmark = NEEDS_GPP
 EVERYTHING = """
 import torch
 from torch import nan, inf
-from reprise.kernels import adam_step, batch_norm, warp, warping, Kernel
+from reprise.kernels import adam_step, batch_norm, parzen, warp, warping, Kernel
 
 # Sizes beside every edge of a tile, of a warp and of a block; positions inside, outside, and nowhere.
 images = (1, 1, 1, 1), (2, 3, 5, 7), (1, 2, 1, 40), (3, 1, 9, 1)
@@ -37,6 +37,11 @@ for size in (1, 255, 1025, 4096, 4097):
     params, grads, m, v, largest = ([torch.rand(size), torch.rand(3)] for _ in range(5))
     for maxima in (None, largest):
         adam_step(params, grads, m, v, maxima, 1, lr=0.1, amsgrad=maxima is not None)
+
+for points, samples, size in [(1, 1, 1), (65, 63, 15), (3, 130, 17), (64, 64, 16)]:
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        x, y = (torch.randn(n, size).to(dtype) for n in (points, samples))
+        parzen(x, y, torch.rand(5))
 print("done")
 """
 # The thread that has no pixel writes all the same.

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from devices import on_every_device
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from reprise import metrics
@@ -157,6 +158,27 @@ def test_parzen_far_away_and_doubled():
     once = metrics.parzen_log_likelihood(far, samples, widths)
     assert once.isfinite().all()
     torch.testing.assert_close(metrics.parzen_log_likelihood(far, samples.repeat(2, 1), widths), once)
+
+
+@pytest.mark.parametrize(
+    "types", [(torch.float32,) * 3, (torch.float64,) * 2 + (torch.float32,), (torch.float16,) * 3], ids=str
+)
+@on_every_device
+def test_parzen_by_the_kernel_is_that_by_pytorch(device, types, monkeypatch):
+    """What a CUDA tensor takes; on the CPU, with the kernel run by g++."""
+    calls, kernel = [], metrics.kernels.parzen
+    monkeypatch.setattr(metrics.kernels, "parzen", lambda *given: calls.append(given) or kernel(*given))
+    monkeypatch.setattr(metrics.on_cuda, "usable", lambda tensor: True)
+    torch.manual_seed(0)
+    given = torch.rand(70, 20), torch.rand(130, 20) + 1, torch.tensor([0.2, 1.0, 5.0])
+    given = [tensor.to(device, dtype) for tensor, dtype in zip(given, types, strict=True)]
+    actual, expected = metrics.parzen_log_likelihood(*given), metrics._parzen_in_chunks(*given)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3, check_dtype=True)
+    assert len(calls) == 1
+    with pytest.raises(ValueError, match="positive widths"):
+        metrics.parzen_log_likelihood(*given[:2], -given[2])
+    with pytest.raises(ValueError, match="expected"):
+        metrics.parzen_log_likelihood(given[0], given[1][:0], given[2])
 
 
 @pytest.mark.parametrize("widths", [[0.0, 1.0], [[1.0]], [-1.0]])

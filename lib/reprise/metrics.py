@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import kernels
+from .kernels import on_cuda
 from .training import Batches, seed_everything, train
 
 __all__ = [
@@ -154,10 +156,13 @@ def _squared_distances(queries: Tensor, data: Tensor) -> Tensor:
     return torch.addmm(norms, queries, data.T, alpha=-2).clamp_(min=0)
 
 
-def _two_matrices(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+def _check_two_matrices(first: Tensor, second: Tensor) -> None:
     if first.dim() != 2 or second.dim() != 2 or first.shape[1] != second.shape[1] or not len(second):
         raise ValueError(f"expected (., D) and (at least 1, D), got {tuple(first.shape)} and {tuple(second.shape)}")
-    # Centred, since the matrix product loses digits far from the origin; half precision has too few to begin with.
+
+
+def _centred(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    # The matrix product loses digits far from the origin; half precision has too few to begin with.
     centre = second.float().mean(0) if second.dtype in (torch.float16, torch.bfloat16) else second.mean(0)
     return first - centre, second - centre
 
@@ -180,7 +185,8 @@ def nearest(queries: Tensor, data: Tensor, chunk: int = 1000) -> tuple[Tensor, T
     Raises:
         ValueError: for other shapes.
     """
-    centred, rows = _two_matrices(queries, data)
+    _check_two_matrices(queries, data)
+    centred, rows = _centred(queries, data)
     best = torch.full((len(queries),), math.inf, dtype=centred.dtype, device=centred.device)
     index = torch.zeros(len(queries), dtype=torch.long, device=centred.device)
     for first in range(0, len(queries), chunk):
@@ -212,7 +218,9 @@ def parzen_log_likelihood(points: Tensor, samples: Tensor, widths: Tensor, chunk
         chunk: rows of either that are compared at a time; memory is bounded by its square.
 
     Returns:
-        Shape (W, P), in nats.
+        Shape (W, P), in nats. On CUDA tensors, where CuPy is installed, :func:`reprise.kernels.parzen` computes it,
+        which needs no ``chunk`` and squares differences one by one; PyTorch here takes a matrix product for speed,
+        whose rounding shows where the width is far smaller than the rows are long.
 
     Raises:
         ValueError: for other shapes, or a width that is not positive.
@@ -220,7 +228,14 @@ def parzen_log_likelihood(points: Tensor, samples: Tensor, widths: Tensor, chunk
     widths = torch.as_tensor(widths, device=points.device)
     if widths.dim() != 1 or not bool((widths > 0).all()):
         raise ValueError(f"expected positive widths (W,), got {widths}")
-    points, samples = _two_matrices(points, samples)
+    _check_two_matrices(points, samples)
+    if on_cuda.usable(points):
+        return kernels.parzen(points, samples, widths.double())  # a list of whole numbers makes integers
+    return _parzen_in_chunks(points, samples, widths, chunk)
+
+
+def _parzen_in_chunks(points: Tensor, samples: Tensor, widths: Tensor, chunk: int = 1000) -> Tensor:
+    points, samples = _centred(points, samples)
     widths = widths.to(points.dtype)
     sharpness = -0.5 / widths**2
     parts = []

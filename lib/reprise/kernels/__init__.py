@@ -4,8 +4,9 @@
 """
 
 from .adam import adam_step
+from .density import parzen
 from .launch import Kernel
 from .normalising import batch_norm
 from .warping import warp
 
-__all__ = ["Kernel", "adam_step", "batch_norm", "warp"]
+__all__ = ["Kernel", "adam_step", "batch_norm", "parzen", "warp"]

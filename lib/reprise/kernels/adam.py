@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .launch import Kernel
+from .launch import FLOATS, Kernel, real_dtype
 
 _SOURCE = Path(__file__).with_name("adam.cu").read_text(encoding="utf-8")
 # The table has to fit into the 4 KiB that every CUDA version passes to a kernel, also with doubles in it.
 _TENSORS, _CHUNK, _THREADS = 56, 4096, 256
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _POINTERS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
@@ -90,7 +89,7 @@ def _check(lists: list[list[Tensor]], steps: list[int], amsgrad: bool) -> None:
         shown = "; ".join(f"{tuple(shape)} {dtype} {device}" for shape, dtype, device, _ in row)
         raise ValueError(f"adam_step: parameter {place}, its gradient and moments differ: {shown}")
     for place, (_, dtype, _, layout) in enumerate(facts[0]):
-        if dtype not in _FLOATS or layout != torch.strided:
+        if dtype not in FLOATS or layout != torch.strided:
             raise ValueError(f"adam_step: parameter {place} must be dense and of floating dtype, got {layout} {dtype}")
 
 
@@ -171,5 +170,5 @@ def _layout(real: type) -> np.dtype:
 
 @functools.cache
 def _kernel(dtype: torch.dtype) -> Kernel:
-    real = torch.float64 if dtype == torch.float64 else torch.float32
-    return Kernel(_SOURCE, "adam_step", file="adam.cu", SCALAR=dtype, REAL=real, TENSORS=_TENSORS, CHUNK=_CHUNK)
+    types = {"SCALAR": dtype, "REAL": real_dtype(dtype)}
+    return Kernel(_SOURCE, "adam_step", file="adam.cu", **types, TENSORS=_TENSORS, CHUNK=_CHUNK)

@@ -14,6 +14,13 @@ from .signature import C_TYPES, parameters
 
 # What every present CUDA device takes; checked on the CPU, too, so that what runs here runs there.
 _GRID, _BLOCK, _THREADS, _SHARED_BYTES = (2**31 - 1, 65535, 65535), (1024, 1024, 64), 1024, 48 << 10
+# What the library's own kernels take.
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def real_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """What kernels compute in: double where a tensor is, else float, also for half precision."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 class Kernel:

@@ -8,12 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .launch import Kernel
+from .launch import FLOATS, Kernel, real_dtype
 
 _SOURCE = Path(__file__).with_name("batch_norm.cu").read_text(encoding="utf-8")
 _THREADS = 256
 _BLOCKS = 2048  # that many are enough for every present GPU
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def batch_norm(
@@ -38,14 +37,12 @@ def batch_norm(
     Raises:
         ValueError: when shapes, dtypes or devices do not fit, or a channel has no values; the message shows them.
     """
-    if x.dim() < 2 or x.dtype not in _FLOATS:
+    if x.dim() < 2 or x.dtype not in FLOATS:
         raise ValueError(f"batch_norm takes a floating-point input (N, C, ...), got {x.dtype} {tuple(x.shape)}")
     if x.numel() == 0 or max(_dimensions(x)) >= 2**30:
         raise ValueError(f"batch_norm takes 1 to 2^30 values along a dimension, got shape {tuple(x.shape)}")
     for name, given in (("weight", weight), ("bias", bias)):
-        if given is not None and (
-            given.shape != (x.size(1),) or given.device != x.device or given.dtype not in _FLOATS
-        ):
+        if given is not None and (given.shape != (x.size(1),) or given.device != x.device or given.dtype not in FLOATS):
             raise ValueError(
                 f"batch_norm takes a {name} of shape ({x.size(1)},) on {x.device}, "
                 f"got {given.dtype} {tuple(given.shape)} on {given.device}"
@@ -61,7 +58,7 @@ def _dimensions(x: Tensor) -> tuple[int, int, int]:
 @torch.library.custom_op("reprise::batch_norm", mutates_args=())
 def _batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     x, shape = x.contiguous(), _dimensions(x)
-    grid, real = _grid(shape), _real(x.dtype)
+    grid, real = _grid(shape), real_dtype(x.dtype)
     y, mean, var = _empty_results(x, weight, bias, eps)
     partial = x.new_empty((grid[1], shape[1], 3), dtype=real)
     _kernel("moments", x.dtype)(grid, _THREADS, x, partial, *shape)
@@ -73,7 +70,7 @@ def _batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
 
 @_batch_norm.register_fake
 def _empty_results(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    mean, var = (x.new_empty(x.size(1), dtype=_real(x.dtype)) for _ in range(2))
+    mean, var = (x.new_empty(x.size(1), dtype=real_dtype(x.dtype)) for _ in range(2))
     return x.new_empty(x.shape), mean, var
 
 
@@ -123,13 +120,9 @@ _batch_norm.register_autograd(_differentiate, setup_context=_remember)
 _batch_norm_backward.register_autograd(_refuse)
 
 
-def _real(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 @functools.cache
 def _kernel(name: str, dtype: torch.dtype) -> Kernel:
-    types = {"SCALAR": dtype, "REAL": _real(dtype), "THREADS": _THREADS}
+    types = {"SCALAR": dtype, "REAL": real_dtype(dtype), "THREADS": _THREADS}
     return Kernel(_SOURCE, f"batch_norm_{name}", file="batch_norm.cu", **types)
 
 

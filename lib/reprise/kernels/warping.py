@@ -8,11 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .launch import Kernel
+from .launch import FLOATS, Kernel, real_dtype
 
 _SOURCE = Path(__file__).with_name("warp.cu").read_text(encoding="utf-8")
 _TILE = (32, 8)
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def warp(image: Tensor, flow: Tensor) -> Tensor:
@@ -47,7 +46,7 @@ def check(image: Tensor, flow: Tensor) -> None:
     shapes = f"image {tuple(image.shape)} and flow {tuple(flow.shape)}"
     if image.dim() != 4 or flow.dim() != 4 or flow.size(1) != 2 or image.size(0) != flow.size(0):
         raise ValueError(f"warp takes an image (N, C, H, W) and a flow (N, 2, H', W'), got {shapes}")
-    if image.dtype not in _FLOATS or flow.dtype not in _FLOATS:
+    if image.dtype not in FLOATS or flow.dtype not in FLOATS:
         raise ValueError(f"warp takes floating-point tensors, got image {image.dtype} and flow {flow.dtype}")
     if image.device != flow.device:
         raise ValueError(f"warp takes tensors on one device, got image on {image.device} and flow on {flow.device}")
@@ -75,7 +74,7 @@ def _empty_like_target(image: Tensor, flow: Tensor) -> Tensor:
 def _warp_backward(grad: Tensor, image: Tensor, flow: Tensor, to_image: bool, to_flow: bool) -> tuple[Tensor, Tensor]:
     """Both gradients in one go; one that is not asked for is an empty tensor."""
     # Many pixels may add to one: in half precision the sum would soon stop growing.
-    grad_image = image.new_zeros(image.shape if to_image else 0, dtype=_real(image.dtype, flow.dtype))
+    grad_image = image.new_zeros(image.shape if to_image else 0, dtype=real_dtype(image.dtype, flow.dtype))
     grad_flow = flow.new_zeros(flow.shape if to_flow else 0)
     if grad.numel() and (to_image or to_flow):
         _kernel("warp_backward", image.dtype, flow.dtype)(
@@ -114,13 +113,9 @@ _warp.register_autograd(_differentiate, setup_context=_remember)
 _warp_backward.register_autograd(_refuse)
 
 
-def _real(*dtypes: torch.dtype) -> torch.dtype:
-    return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
 @functools.cache
 def _kernel(name: str, image: torch.dtype, flow: torch.dtype) -> Kernel:
-    return Kernel(_SOURCE, name, file="warp.cu", IMAGE=image, FLOW=flow, REAL=_real(image, flow))
+    return Kernel(_SOURCE, name, file="warp.cu", IMAGE=image, FLOW=flow, REAL=real_dtype(image, flow))
 
 
 def _tiles(flow: Tensor) -> tuple[tuple[int, int, int], tuple[int, int]]:
