@@ -20,6 +20,9 @@ SEEDS = [str(seed) for seed in range(100, 105)]
 PRINCIPLED = {
     ("batch_norm", "both-fail"),
     ("batch_norm", "careful-start-ties"),
+    ("gan", "function-space"),
+    ("gan", "figure-2-copies"),
+    ("gan", "shifted-copies"),
     ("image_warping", "mismatch"),
     ("image_warping", "true-flow"),
     ("image_warping", "from-pixels"),
