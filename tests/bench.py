@@ -25,6 +25,7 @@ from torch import nn
 
 from reprise.functional import batch_norm
 from reprise.lab.tables import align
+from reprise.optim import Adam
 from reprise.training import Batches, declare, train
 
 PAGE = Path(__file__).resolve().parents[1] / "lib" / "reprise" / "kernels" / "README.md"
@@ -145,6 +146,20 @@ def functional_rows(shape: tuple[int, ...], device: torch.device) -> list[tuple[
     return rows(name, {"ours": step(batch_norm), "torch.nn.functional": step(F.batch_norm)}, device)
 
 
+def optimizer_rows(numbers: int, tensors: int) -> list[tuple[str, ...]]:
+    """A step of Adam for so many numbers in so many tensors."""
+
+    def stepping(kind: type, **how: bool) -> Callable[[], None]:
+        params = [torch.randn(numbers // tensors).requires_grad_() for _ in range(tensors)]
+        for p in params:
+            p.grad = torch.randn_like(p)
+        return kind(params, **how).step
+
+    peers = {"torch.optim.Adam": stepping(torch.optim.Adam), "fused": stepping(torch.optim.Adam, fused=True)}
+    name = f"optim.Adam, {numbers:,} numbers in {tensors} tensor{'s' * (tensors > 1)}"
+    return rows(name, {"ours": stepping(Adam), **peers}, torch.device("cpu"))
+
+
 def training_rows(steps: int = 300) -> list[tuple[str, ...]]:
     """A small network trained in a bare loop, and through ``train`` with declared invariants."""
     images, labels = torch.rand(1000, 64), torch.randint(10, (1000,))
@@ -220,7 +235,8 @@ def main() -> None:
     if device.type == "cpu":
         print("Kernels run here through g++: that is how they are checked, not how they are used.")
     measured = [line for comparison in COMPARISONS for line in kernel_rows(comparison, device, copy)]
-    others = [*functional_rows((60, 100), device), *functional_rows((64, 64, 32, 32), device), *training_rows()]
+    others = [*functional_rows((60, 100), device), *functional_rows((64, 64, 32, 32), device)]
+    others += [*optimizer_rows(10_000_000, 1), *optimizer_rows(10_000_000, 40), *training_rows()]
     print(f"\n{align([HEAD, *measured, *others])}")
     if write and device.type == "cuda":
         PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), caption, measured), encoding="utf-8")
