@@ -93,6 +93,21 @@ def test_what_fails_anyway_cannot_be_broken(value):
     assert ablation_words(without, one.claims.claims["fails"], one) == "shows nothing: the claim does not hold anyway"
 
 
+@pytest.mark.parametrize(
+    ("taken_away", "surprises", "words"),
+    [
+        (0.5, [], "does not break: tuned well"),
+        (2.0, ["later breaks without the idea, but is on record as unbroken"], "breaks, as it should"),
+    ],
+)
+def test_what_is_known_not_to_break_at_full_scale(taken_away, surprises, words):
+    one = outcome({"later": 0.5}, None, scale="full")
+    without = Without("w", "the idea", ("later",), unbroken={"later": "tuned well"})
+    one.claims.without["w"], one.without["w"] = without, {"later": Measurement(taken_away)}
+    assert one.surprises() == surprises
+    assert ablation_words(without, one.claims.claims["later"], one) == words
+
+
 def test_what_is_missing():
     assert outcome({"holds": 0.5, "fails": 2}, 2).missing() == []
     assert outcome({"holds": 0.5}, None).missing() == ["fails", "holds without w"]

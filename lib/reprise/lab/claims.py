@@ -97,12 +97,13 @@ class Claim:
 
 @dataclass(frozen=True)
 class Without:
-    """Something taken away from the method, and the claims that must then break."""
+    """Something taken away, and the claims that must then break; ``unbroken``: {claim: why it does not, at full}."""
 
     id: str
     removes: str
     breaks: tuple[str, ...]
     breaks_by: str = ""
+    unbroken: dict[str, str] = field(default_factory=dict)
 
     def broken(self, claim: Claim, scale: str, measured: Measurement) -> bool:
         """Whether the claim falls outside its range. A value that is not finite counts only for ``divergence``."""
@@ -281,13 +282,14 @@ class _Reader:
 
     def without(self, number: int, data: object, claims: dict[str, Claim]) -> Without:
         entry = f"without {data['id'] if isinstance(data, dict) and 'id' in data else number}"
-        data = self.check_keys(entry, data, {"id", "removes", "breaks"}, {"breaks_by"})
-        for id in self.items(f"{entry}: breaks", data["breaks"]):
-            if id not in claims:
-                raise self.fail(entry, f"breaks {id}, which is not a claim")
+        data = self.check_keys(entry, data, {"id", "removes", "breaks"}, {"breaks_by", "unbroken_at_full"})
+        breaks = tuple(self.items(f"{entry}: breaks", data["breaks"]))
+        if strangers := [id for id in breaks if id not in claims]:
+            raise self.fail(entry, f"breaks {strangers[0]}, which is not a claim")
         if data.get("breaks_by") not in (None, "divergence"):
             raise self.fail(entry, f"breaks_by is {data['breaks_by']!r}; the only choice is divergence")
-        return Without(str(data["id"]), str(data["removes"]), tuple(data["breaks"]), data.get("breaks_by") or "")
+        unbroken = self.check_keys(entry, data.get("unbroken_at_full", {}), set(), set(breaks))
+        return Without(str(data["id"]), str(data["removes"]), breaks, data.get("breaks_by") or "", unbroken)
 
     def check_everything_breaks(self, claims: dict[str, Claim], without: dict[str, Without]) -> None:
         broken = {id for entry in without.values() for id in entry.breaks}
@@ -296,5 +298,5 @@ class _Reader:
             excused = claim.kind == "exact" or claim.unbroken_because or claim.id in broken
             if expected_to_hold and not excused:
                 raise self.fail(
-                    f"claim {claim.id}", "nothing taken away breaks it; add it to a `without`, or unbroken_because"
+                    f"claim {claim.id}", "nothing taken away breaks it; add a `without`, or unbroken_because"
                 )

@@ -23,7 +23,10 @@ def ablation_words(without: Without, claim: Claim, outcome: Outcome) -> str:
         return ""
     if claim.ranges[outcome.scale].why:
         return "shows nothing: the claim does not hold anyway"
-    return "breaks, as it should" if without.broken(claim, outcome.scale, value) else "does not break"
+    if without.broken(claim, outcome.scale, value):
+        return "breaks, as it should"
+    reason = without.unbroken.get(claim.id) if outcome.scale == "full" else None
+    return f"does not break: {reason}" if reason else "does not break"
 
 
 def verdicts_text(outcome: Outcome) -> str:
