@@ -1,0 +1,38 @@
+"""Figures as they are saved: small, and still the same picture."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import matplotlib.pyplot as plt
+import numpy as np
+import PIL.Image
+import pytest
+
+from reprise import figures
+
+
+@pytest.mark.parametrize("colour", ["0.5", "tab:orange"])
+def test_fewer_bytes_are_the_same_pixels(colour):
+    figure, axis = plt.subplots(figsize=(2, 2))
+    axis.plot([1, 2, 0], color=colour)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    plt.close(figure)
+    small = figures._small(buffer.getvalue())
+    assert len(small) < len(buffer.getvalue())
+    before, after = (np.asarray(PIL.Image.open(io.BytesIO(png)).convert("RGB")) for png in (buffer.getvalue(), small))
+    np.testing.assert_array_equal(after, before)
+    assert (PIL.Image.open(io.BytesIO(small)).mode == "L") == (colour == "0.5")
+
+
+def test_a_run_keeps_picture_and_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures.run, "folder", lambda: tmp_path)
+    figure, axis = plt.subplots(figsize=(2, 2))
+    axis.plot([1, 2, 0])
+    figures.save(figure, "line", "A line that rises and falls")
+    with PIL.Image.open(tmp_path / "figures" / "line.png") as picture:
+        assert picture.format == "PNG"
+    assert json.loads((tmp_path / "figures" / "line.json").read_text()) == {"alt": "A line that rises and falls"}
+    assert not plt.fignum_exists(figure.number)
