@@ -22,6 +22,7 @@ PRINCIPLED = {
     ("adam", "logistic-nesterov"),
     ("adam", "bow-adam"),
     ("adam", "cnn-end"),
+    ("dcgan", "forgets-chosen"),
     ("batch_norm", "both-fail"),
     ("batch_norm", "careful-start-ties"),
     ("gan", "function-space"),
