@@ -297,6 +297,4 @@ class _Reader:
             expected_to_hold = "quick" in claim.ranges and not claim.ranges["quick"].why
             excused = claim.kind == "exact" or claim.unbroken_because or claim.id in broken
             if expected_to_hold and not excused:
-                raise self.fail(
-                    f"claim {claim.id}", "nothing taken away breaks it; add a `without`, or unbroken_because"
-                )
+                raise self.fail(f"claim {claim.id}", "nothing taken away breaks it; add a without, or unbroken_because")
