@@ -14,6 +14,8 @@ from typing import NamedTuple
 import pytest
 from filelock import FileLock
 
+from reprise.data import files
+
 FIXTURE = Path(__file__).parent / "fixtures" / "tiny"
 
 # The fixture's notebook is committed without outputs; only copies of it are run.
@@ -104,3 +106,17 @@ def finished(tmp_path_factory, copy_tiny, reprise) -> Finished:
 def after_run(finished, tmp_path) -> Path:
     """A copy of the checkout with its finished run, for one test to change."""
     return Path(shutil.copytree(finished.checkout, tmp_path / "finished"))
+
+
+@pytest.fixture
+def nowhere(tmp_path, monkeypatch):
+    """No data, no mirror, no network."""
+
+    def unreachable(url, timeout):
+        raise ConnectionError("unplugged")
+
+    monkeypatch.setenv("REPRISE_DATA", str(tmp_path / "data"))
+    monkeypatch.delenv("REPRISE_MIRROR", raising=False)
+    monkeypatch.setattr(files.urllib.request, "urlopen", unreachable)
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    return tmp_path

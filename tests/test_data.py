@@ -228,20 +228,6 @@ def test_datasets_yaml_says_everything():
     assert features.NETWORKS.keys() == {name for name, facts in descriptions().items() if "kind" in facts}
 
 
-@pytest.fixture
-def nowhere(tmp_path, monkeypatch):
-    """No data, no mirror, no network."""
-
-    def unreachable(url, timeout):
-        raise ConnectionError("unplugged")
-
-    monkeypatch.setenv("REPRISE_DATA", str(tmp_path / "data"))
-    monkeypatch.delenv("REPRISE_MIRROR", raising=False)
-    monkeypatch.setattr(files.urllib.request, "urlopen", unreachable)
-    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
-    return tmp_path
-
-
 @pytest.mark.parametrize("name", ["mnist", "cifar10_subset"])
 def test_nothing_takes_the_place_of_what_is_missing(nowhere, name):
     assert not data.at_hand(name)

@@ -261,20 +261,6 @@ def test_bad_input_is_refused_with_what_there_is(call, said):
         call()
 
 
-@pytest.fixture
-def nowhere(tmp_path, monkeypatch):
-    """No data, no mirror, no network."""
-
-    def unreachable(url, timeout):
-        raise ConnectionError("unplugged")
-
-    monkeypatch.setenv("REPRISE_DATA", str(tmp_path / "data"))
-    monkeypatch.delenv("REPRISE_MIRROR", raising=False)
-    monkeypatch.setattr(files.urllib.request, "urlopen", unreachable)
-    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
-    return tmp_path
-
-
 @pytest.mark.parametrize("name", ["vgg19", "squeezenet"])
 def test_without_the_weights_the_one_that_ships_is_named(nowhere, name):
     with pytest.raises(
