@@ -32,6 +32,10 @@ PRINCIPLED = {
     ("image_warping", "true-flow"),
     ("image_warping", "from-pixels"),
     ("image_warping", "aperture"),
+    ("switched_conv", "large-gain"),
+    ("switched_conv", "little-or-none"),
+    ("switched_conv", "loss-balances"),
+    ("switched_conv", "norm-balances"),
 }
 
 
