@@ -28,6 +28,7 @@ PRINCIPLED = {
     ("gan", "function-space"),
     ("gan", "figure-2-copies"),
     ("gan", "shifted-copies"),
+    ("pixelcnn", "gated"),
     ("image_warping", "mismatch"),
     ("image_warping", "true-flow"),
     ("image_warping", "from-pixels"),
