@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import time
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -12,7 +13,7 @@ import numpy as np
 import PIL.Image
 from IPython.display import Image, display
 
-from . import run
+from . import progress, run
 
 # Okabe & Ito's palette, which stays apart under every common colour blindness. Ours is what the paper proposes.
 BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#6B6B6B"
@@ -91,3 +92,29 @@ def save(figure, name: str, alt: str) -> None:
         (folder / f"{name}.png").write_bytes(picture)
         (folder / f"{name}.json").write_text(json.dumps({"alt": alt}), encoding="utf-8")
     display(Image(picture, format="png", alt=alt))
+
+
+class Growing:
+    """A picture shown in Lab while it is being made, in one place, anew each second; elsewhere it shows nothing.
+
+    Args:
+        alt: its text alternative.
+    """
+
+    def __init__(self, alt: str):
+        self.alt = alt
+        self._shown, self._at = None, 0.0
+
+    def show(self, image) -> None:
+        """Show a tensor (1, 3, H, W), values 0 to 1, if a second has passed."""
+        if not progress.is_watched() or time.monotonic() - self._at < 1:
+            return
+        array = image[0].detach().clamp(0, 1).mul(255).byte().permute(1, 2, 0).cpu().numpy()
+        buffer = io.BytesIO()
+        PIL.Image.fromarray(array).save(buffer, "PNG")
+        picture = Image(buffer.getvalue(), format="png", alt=self.alt)
+        if self._shown is None:
+            self._shown = display(picture, display_id=True)
+        else:
+            self._shown.update(picture)
+        self._at = time.monotonic()
