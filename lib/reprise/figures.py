@@ -59,9 +59,13 @@ def show_images(axes, images, columns: int, gap: int = 1) -> None:
     axes.set_axis_off()
 
 
-def _small(png: bytes) -> bytes:
+def _small(png: bytes, colours: int | None = None) -> bytes:
     """The same pixels in fewer bytes: sheets of grey samples are half as large without colours."""
     picture = PIL.Image.open(io.BytesIO(png)).convert("RGB")
+    if colours is not None:
+        buffer = io.BytesIO()
+        picture.quantize(colours).save(buffer, "PNG", optimize=True)
+        return buffer.getvalue()
     red, green, blue = np.moveaxis(np.asarray(picture), 2, 0)
     grey = bool((red == green).all() and (green == blue).all())
     buffer = io.BytesIO()
@@ -69,13 +73,14 @@ def _small(png: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def save(figure, name: str, alt: str) -> None:
+def save(figure, name: str, alt: str, colours: int | None = None) -> None:
     """Show a figure with its text alternative and, during a run, keep it in the run's ``figures`` folder.
 
     Args:
         figure: a matplotlib figure; it is closed afterwards.
         name: file name without ending.
         alt: what a reader who cannot see the picture needs to know of it.
+        colours: at most 256; a figure full of photographs, reduced to so many, takes a third of the bytes.
 
     Raises:
         ValueError: if ``alt`` is empty.
@@ -85,7 +90,7 @@ def save(figure, name: str, alt: str) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     plt.close(figure)
-    picture = _small(buffer.getvalue())
+    picture = _small(buffer.getvalue(), colours)
     if place := run.folder():
         folder = place / "figures"
         folder.mkdir(exist_ok=True)

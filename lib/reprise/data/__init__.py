@@ -15,7 +15,17 @@ from . import bundled, docstrings, downloads, letters
 from .files import DataError, at_hand, descriptions, obtain_all
 from .own import read_pair, read_picture
 
-__all__ = ["DataError", "at_hand", "describe", "descriptions", "load", "loaded", "obtain_all", "read_pair", "read_picture"]
+__all__ = [
+    "DataError",
+    "at_hand",
+    "describe",
+    "descriptions",
+    "load",
+    "loaded",
+    "obtain_all",
+    "read_pair",
+    "read_picture",
+]
 
 _LOADERS = {
     "digits": bundled.digits,
@@ -50,7 +60,8 @@ def load(name: str, split: str = "all"):
         split: ``train``, ``valid``, ``test``, or several joined by ``+``; ``all`` for data without splits.
 
     Returns:
-        A named tuple (a dict of pictures for ``photos``, ``paintings`` and ``kodak``); its fields are in the loader's docstring.
+        A named tuple, whose fields are in the loader's docstring; for ``photos``, ``paintings`` and ``kodak`` a dict of
+        pictures.
 
     Raises:
         ValueError: for an unknown name or split, listing those there are.
