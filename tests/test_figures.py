@@ -36,3 +36,15 @@ def test_a_run_keeps_picture_and_words(tmp_path, monkeypatch):
         assert picture.format == "PNG"
     assert json.loads((tmp_path / "figures" / "line.json").read_text()) == {"alt": "A line that rises and falls"}
     assert not plt.fignum_exists(figure.number)
+
+
+def test_photographs_in_fewer_colours(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures.run, "folder", lambda: tmp_path)
+    noise = np.random.default_rng(0).random((200, 200, 3))
+    for name, colours in (("all", None), ("few", 64)):
+        figure, axis = plt.subplots(figsize=(2, 2))
+        axis.imshow(noise)
+        figures.save(figure, name, "Noise", colours=colours)
+    whole, few = (tmp_path / "figures" / f"{name}.png" for name in ("all", "few"))
+    assert few.stat().st_size < whole.stat().st_size / 2
+    assert len(PIL.Image.open(few).convert("RGB").getcolors(100_000)) <= 64
