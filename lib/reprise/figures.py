@@ -60,11 +60,13 @@ def show_images(axes, images, columns: int, gap: int = 1) -> None:
 
 
 def _small(png: bytes, colours: int | None = None) -> bytes:
-    """The same pixels in fewer bytes: sheets of grey samples are half as large without colours."""
+    """The same pixels in fewer bytes: sheets of grey samples are half as large without colours. Or, with ``colours``,
+    nearly the same ones, dithered."""
     picture = PIL.Image.open(io.BytesIO(png)).convert("RGB")
     if colours is not None:
+        palette = picture.quantize(colours, kmeans=2)
         buffer = io.BytesIO()
-        picture.quantize(colours).save(buffer, "PNG", optimize=True)
+        picture.quantize(palette=palette).save(buffer, "PNG", optimize=True)
         return buffer.getvalue()
     red, green, blue = np.moveaxis(np.asarray(picture), 2, 0)
     grey = bool((red == green).all() and (green == blue).all())
