@@ -61,17 +61,20 @@ def show_images(axes, images, columns: int, gap: int = 1) -> None:
 
 def _small(png: bytes, colours: int | None = None) -> bytes:
     """The same pixels in fewer bytes: sheets of grey samples are half as large without colours. Or, with ``colours``,
-    nearly the same ones, dithered."""
+    nearly the same ones, dithered unless that takes half as many bytes again."""
     picture = PIL.Image.open(io.BytesIO(png)).convert("RGB")
     if colours is not None:
-        palette = picture.quantize(colours, kmeans=2)
-        buffer = io.BytesIO()
-        picture.quantize(palette=palette).save(buffer, "PNG", optimize=True)
-        return buffer.getvalue()
+        flat = picture.quantize(colours, kmeans=2)
+        plain, dithered = (_png(one) for one in (flat, picture.quantize(palette=flat)))
+        return dithered if len(dithered) < 1.5 * len(plain) else plain
     red, green, blue = np.moveaxis(np.asarray(picture), 2, 0)
     grey = bool((red == green).all() and (green == blue).all())
+    return _png(picture.convert("L") if grey else picture)
+
+
+def _png(picture: PIL.Image.Image) -> bytes:
     buffer = io.BytesIO()
-    (picture.convert("L") if grey else picture).save(buffer, "PNG", optimize=True)
+    picture.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
