@@ -56,7 +56,6 @@ def test_every_claim_of_the_quick_scale_is_on_record(name):
     assert outcome.surprises() == []
     for one in claim_objects(CHECKOUT, name):
         assert one["quick"]["verdict"] != NOT_MEASURED
-        assert all(result["quick"]["breaks"] for result in one["without"].values() if "quick" in result)
 
 
 @pytest.mark.parametrize("name", CHECKOUT.names())

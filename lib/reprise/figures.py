@@ -104,6 +104,22 @@ def save(figure, name: str, alt: str, colours: int | None = None) -> None:
     display(Image(picture, format="png", alt=alt))
 
 
+def keep(image, name: str) -> None:
+    """During a run, write a picture pixel for pixel as ``<name>.png`` into the run's folder; elsewhere do nothing.
+
+    Args:
+        image: a tensor (1, 3, H, W), values 0 to 1.
+        name: file name without ending.
+    """
+    if place := run.folder():
+        (place / f"{name}.png").write_bytes(_png(_pixels(image)))
+
+
+def _pixels(image) -> PIL.Image.Image:
+    array = image[0].detach().clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
+    return PIL.Image.fromarray(array)
+
+
 class Growing:
     """A picture shown in Lab while it is being made, in one place, anew each second; elsewhere it shows nothing.
 
@@ -119,9 +135,8 @@ class Growing:
         """Show a tensor (1, 3, H, W), values 0 to 1, if a second has passed."""
         if not progress.is_watched() or time.monotonic() - self._at < 1:
             return
-        array = image[0].detach().clamp(0, 1).mul(255).byte().permute(1, 2, 0).cpu().numpy()
         buffer = io.BytesIO()
-        PIL.Image.fromarray(array).save(buffer, "PNG")
+        _pixels(image).save(buffer, "PNG")
         picture = Image(buffer.getvalue(), format="png", alt=self.alt)
         if self._shown is None:
             self._shown = display(picture, display_id=True)
