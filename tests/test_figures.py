@@ -8,8 +8,8 @@ import json
 import matplotlib.pyplot as plt
 import numpy as np
 import PIL.Image
-import torch
 import pytest
+import torch
 
 from reprise import figures
 
