@@ -35,6 +35,8 @@ PRINCIPLED = {
     ("style_transfer", "l-bfgs"),
     ("style_transfer", "trained"),
     ("style_transfer", "steps"),
+    ("style_transfer", "figure-2-content"),
+    ("style_transfer", "figure-2-style"),
     ("style_transfer", "starts"),
     ("style_transfer", "pooling"),
     ("style_transfer", "content-layer"),
