@@ -130,7 +130,7 @@ class Features(nn.Module):
     def normalise(self, images: Tensor) -> Features:
         """Scale every filter so that its mean activation, over these images and all positions, is 1.
 
-        Gatys et al. 2015 (arXiv 1508.06576), Methods. ReLU and pooling let a positive factor through, so each
+        Gatys et al. 2016 (the conference version), section 2. ReLU and pooling let a positive factor through, so each
         filter's weights and bias are divided by its mean and the next layer's weights for it multiplied: a layer
         of the old network is ``self.means[name][:, None, None]`` times that of the new one, on any image. A filter
         that fires less than a hundredth as much as the filters of its convolution do on average is divided by that

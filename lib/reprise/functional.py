@@ -202,7 +202,11 @@ def gram_matrix(features: Tensor) -> Tensor:
             f"gram_matrix takes floating-point features (N, C, H, W), got {features.dtype} of shape "
             f"{tuple(features.shape)}"
         )
-    f = features.flatten(2)
-    if f.dtype in (torch.float16, torch.bfloat16):
-        f = f.float()
-    return f @ f.transpose(1, 2)
+    if features.dtype in (torch.float16, torch.bfloat16):
+        features = features.float()
+    # The product leaves the gradient in the layout of its operand: the features' own, or adding it to theirs is slow.
+    if features.is_contiguous(memory_format=torch.channels_last):
+        f = features.permute(0, 2, 3, 1).flatten(1, 2)  # positions, channels
+        return f.mT @ f
+    f = features.flatten(2)  # channels, positions
+    return f @ f.mT

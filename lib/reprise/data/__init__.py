@@ -13,9 +13,19 @@ from torch import Tensor
 
 from . import bundled, docstrings, downloads, letters
 from .files import DataError, at_hand, descriptions, obtain_all
-from .own import read_pair
+from .own import read_pair, read_picture
 
-__all__ = ["DataError", "at_hand", "describe", "descriptions", "load", "loaded", "obtain_all", "read_pair"]
+__all__ = [
+    "DataError",
+    "at_hand",
+    "describe",
+    "descriptions",
+    "load",
+    "loaded",
+    "obtain_all",
+    "read_pair",
+    "read_picture",
+]
 
 _LOADERS = {
     "digits": bundled.digits,
@@ -28,6 +38,8 @@ _LOADERS = {
     "fashion_mnist": downloads.fashion_mnist,
     "cifar10": downloads.cifar10,
     "cifar10_subset": downloads.cifar10_subset,
+    "paintings": downloads.paintings,
+    "kodak": downloads.kodak,
 }
 
 # Checksums of what this process loaded, for the record of a run: {"digits/train": sha256}.
@@ -42,12 +54,14 @@ def load(name: str, split: str = "all"):
 
     Args:
         name: ``digits``, ``letters``, ``docstrings``, ``faces_small``, ``photos`` and ``stereo`` are always there;
-            ``mnist``, ``fashion_mnist``, ``cifar10`` and ``cifar10_subset`` are downloaded or taken from a mirror;
+            ``mnist``, ``fashion_mnist``, ``cifar10``, ``cifar10_subset``, ``paintings`` and ``kodak`` are downloaded
+            or taken from a mirror;
             ``describe(name)`` tells more.
         split: ``train``, ``valid``, ``test``, or several joined by ``+``; ``all`` for data without splits.
 
     Returns:
-        A named tuple (a dict of photographs for ``photos``); its fields are in the loader's docstring.
+        A named tuple, whose fields are in the loader's docstring; for ``photos``, ``paintings`` and ``kodak`` a dict of
+        pictures.
 
     Raises:
         ValueError: for an unknown name or split, listing those there are.

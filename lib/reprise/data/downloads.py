@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .bundled import Labelled, parse_split
+from .bundled import Labelled, only_all, parse_split
 from .files import obtain, obtain_all
+from .own import read_picture
 
 _VALID = 10_000  # held out of the training images of mnist and fashion_mnist, as is usual
 
@@ -74,6 +75,18 @@ def cifar10_subset(split: str) -> Labelled:
         "test": parts["test"],
     }
     return _joined(pieces, split)
+
+
+def paintings(split: str) -> dict[str, Tensor]:
+    """Paintings by name, each (1, 3, H, W) in [0, 1]; no splits."""
+    only_all(split)
+    return {file.partition(".")[0]: read_picture(path) for file, path in obtain_all("paintings").items()}
+
+
+def kodak(split: str) -> dict[str, Tensor]:
+    """Photographs by name, each (1, 3, H, W) in [0, 1]; no splits."""
+    only_all(split)
+    return {file.partition(".")[0]: read_picture(path) for file, path in obtain_all("kodak").items()}
 
 
 def _joined(pieces: dict[str, tuple[Tensor, Tensor]], split: str) -> Labelled:

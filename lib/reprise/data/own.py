@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import struct
+import warnings
 import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import PIL.Image
+import PIL.ImageOps
 import torch
 from torch import Tensor
 
@@ -25,22 +28,54 @@ class Pair(NamedTuple):
     flow: Tensor | None
 
 
-def read_picture(path: str | Path) -> Tensor:
+def read_picture(path: str | Path, longest: int | None = None) -> Tensor:
     """A picture of any common format as colours, shape (1, 3, H, W), values 0 to 1.
+
+    It is turned upright as its EXIF tag says. Grey, palettes, CMYK and 16 bits of grey become colours; what is
+    transparent lies on white.
+
+    Args:
+        path: the file.
+        longest: a picture with a longer side than this is reduced to it, which also bounds the memory needed.
 
     Raises:
         DataError: if the file is missing or no picture.
     """
-    from PIL import Image
+    picture = _opened(path)
+    if longest is not None and max(picture.size) > longest:
+        scale = longest / max(picture.size)
+        size = [max(1, round(side * scale)) for side in picture.size]
+        picture = picture.resize(size, PIL.Image.Resampling.LANCZOS)
+    return torch.tensor(np.asarray(picture)).permute(2, 0, 1)[None].float() / 255
 
+
+def picture_size(path: str | Path) -> tuple[int, int]:
+    """Width and height of a picture, upright, in pixels; all of it is read.
+
+    Raises:
+        DataError: as :func:`read_picture`.
+    """
+    return _opened(path).size
+
+
+def _opened(path: str | Path) -> PIL.Image.Image:
+    """A picture as RGB of 8 bits, upright."""
     try:
-        with Image.open(path) as picture:
-            array = np.asarray(picture.convert("RGB"))
+        with warnings.catch_warnings(), PIL.Image.open(path) as picture:
+            warnings.simplefilter("ignore")  # of large pictures and odd tags; errors come as errors
+            picture = PIL.ImageOps.exif_transpose(picture)
+            if picture.mode.startswith("I"):  # 16 bits of grey, of which Pillow would keep the dark ones
+                grey = np.asarray(picture).astype(np.float64) / 257
+                picture = PIL.Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+            if picture.has_transparency_data:
+                picture = picture.convert("RGBA")
+                ground = PIL.Image.new("RGBA", picture.size, "white")
+                picture = PIL.Image.alpha_composite(ground, picture)
+            return picture.convert("RGB")
     except FileNotFoundError:
         raise DataError(f"there is no file {path}") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be read as a picture ({error})") from None
-    return torch.tensor(array).permute(2, 0, 1)[None].float() / 255
 
 
 def read_flow(path: str | Path) -> Tensor:

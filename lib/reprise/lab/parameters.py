@@ -22,13 +22,21 @@ class Companion(Picture):
     """A picture that belongs to the ``Picture`` of the same notebook: given together with it, and of its size."""
 
 
+class Photograph(Picture):
+    """A picture for a network to look at: at least 16 pixels wide and high."""
+
+
+class Pixels(int):
+    """The longer side of a picture that a notebook is to make: 64 to 2048 pixels."""
+
+
 class Flow(str):
     """A path to a flow measured for that picture, a ``.flo`` or a png of KITTI's, of its size."""
 
 
 # What an annotation may mention; it is evaluated with nothing else in reach.
-_FILES = {"Picture": Picture, "Companion": Companion, "Flow": Flow}
-_NAMES = {"str": str, "int": int, "float": float, "bool": bool, **_FILES, "Literal": typing.Literal}
+_FILES = {"Picture": Picture, "Photograph": Photograph, "Companion": Companion, "Flow": Flow}
+_NAMES = {"str": str, "int": int, "float": float, "bool": bool, "Pixels": Pixels, **_FILES, "Literal": typing.Literal}
 
 # Parameters that every notebook has mean the same everywhere.
 _EVERYWHERE = {"scale": SCALES}
@@ -74,9 +82,9 @@ class Parameter:
         for kind in self.allowed:
             if kind is bool and text.lower() in ("true", "false"):
                 return text.lower() == "true"
-            if kind in (int, float):
+            if kind in (int, float, Pixels):
                 try:
-                    return kind(text)
+                    return int(text) if kind is Pixels else kind(text)
                 except ValueError:
                     continue
             if kind in _FILES.values():
@@ -92,7 +100,9 @@ class Parameter:
             BadInput: naming the parameter, the value and what would be right.
         """
         kinds = {kind for kind in self.allowed if isinstance(kind, type)}
-        fits = type(value) in kinds
+        if Pixels in kinds and type(value) is int and not 64 <= value <= 2048:
+            raise self.fail(value, self.wanted())
+        fits = type(value) in kinds or (Pixels in kinds and type(value) is int)
         fits = (
             fits or (float in kinds and type(value) is int) or (kinds & set(_FILES.values()) and isinstance(value, str))
         )
@@ -112,7 +122,9 @@ class Parameter:
             float: "a number",
             str: "text",
             bool: "true or false",
+            Pixels: "a whole number from 64 to 2048",
             Picture: "a picture",
+            Photograph: "a picture",
             Companion: "a picture",
             Flow: "a flow",
             type(None): "none",
@@ -182,11 +194,13 @@ def _check_companions(declared: dict[str, Parameter], values: dict[str, object])
 
 def _open(name: str, text: str, kind: type) -> tuple[Path, tuple[int, int]]:
     """Check a file by reading it; its path and its width and height."""
-    from reprise.data.own import DataError, read_flow, read_picture
+    from reprise.data.own import DataError, picture_size, read_flow
 
     path = Path(text).expanduser().resolve()
     try:
-        tensor = (read_flow if kind is Flow else read_picture)(path)
+        size = tuple(read_flow(path).shape[:1:-1]) if kind is Flow else picture_size(path)
     except DataError as error:
         raise BadInput(f"parameter {name}: {str(error).replace(str(path), text)}") from None
-    return path, (tensor.shape[3], tensor.shape[2])
+    if kind is Photograph and min(size) < 16:
+        raise BadInput(f"parameter {name}: {text} has {size[0]}x{size[1]} pixels, but needs 16 on either side at least")
+    return path, size

@@ -51,7 +51,7 @@ def claim_objects(checkout: Checkout, name: str) -> list[dict]:
         one["without"] = {
             without.id: {
                 scale: {**to_json(value), "breaks": without.broken(claim, scale, value)}
-                for scale in SCALES
+                for scale in claim.ranges
                 if outcomes[scale] and (value := outcomes[scale].without.get(without.id, {}).get(claim.id))
             }
             for without in claims.without.values()
