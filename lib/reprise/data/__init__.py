@@ -54,9 +54,8 @@ def load(name: str, split: str = "all"):
 
     Args:
         name: ``digits``, ``letters``, ``docstrings``, ``faces_small``, ``photos`` and ``stereo`` are always there;
-            ``mnist``, ``fashion_mnist``, ``cifar10``, ``cifar10_subset``, ``paintings`` and ``kodak`` are downloaded
-            or taken from a mirror;
-            ``describe(name)`` tells more.
+            ``mnist``, ``fashion_mnist`` and ``cifar10`` are downloaded or taken from a mirror; ``cifar10_subset``,
+            ``paintings`` and ``kodak`` come from a mirror only; ``describe(name)`` tells more.
         split: ``train``, ``valid``, ``test``, or several joined by ``+``; ``all`` for data without splits.
 
     Returns:

@@ -79,14 +79,17 @@ def cifar10_subset(split: str) -> Labelled:
 
 def paintings(split: str) -> dict[str, Tensor]:
     """Paintings by name, each (1, 3, H, W) in [0, 1]; no splits."""
-    only_all(split)
-    return {file.partition(".")[0]: read_picture(path) for file, path in obtain_all("paintings").items()}
+    return _pictures("paintings", split)
 
 
 def kodak(split: str) -> dict[str, Tensor]:
     """Photographs by name, each (1, 3, H, W) in [0, 1]; no splits."""
+    return _pictures("kodak", split)
+
+
+def _pictures(name: str, split: str) -> dict[str, Tensor]:
     only_all(split)
-    return {file.partition(".")[0]: read_picture(path) for file, path in obtain_all("kodak").items()}
+    return {path.stem: read_picture(path) for path in obtain_all(name).values()}
 
 
 def _joined(pieces: dict[str, tuple[Tensor, Tensor]], split: str) -> Labelled:
